@@ -1,0 +1,1 @@
+"""RLHF on PyTorch Lightning."""

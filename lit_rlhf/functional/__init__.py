@@ -1,0 +1,28 @@
+"""The maths of RLHF as functions of tensors: torch only, no state; each equation with its source stands in its docstring."""
+
+from lit_rlhf.functional.advantages import gae, token_rewards
+from lit_rlhf.functional.kl import adapt_kl_coef, k1, k2, k3
+from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
+from lit_rlhf.functional.losses import lm_loss, pairwise_loss, pairwise_token_loss, policy_loss, ranking_loss, value_loss
+from lit_rlhf.functional.masking import last_index, masked_mean, through_first, whiten
+
+__all__ = [
+    "adapt_kl_coef",
+    "gae",
+    "k1",
+    "k2",
+    "k3",
+    "last_index",
+    "lm_loss",
+    "masked_mean",
+    "pairwise_loss",
+    "pairwise_token_loss",
+    "policy_loss",
+    "ranking_loss",
+    "through_first",
+    "token_entropy",
+    "token_logprobs",
+    "token_rewards",
+    "value_loss",
+    "whiten",
+]
