@@ -1,0 +1,420 @@
+"""CausalPolicy and ScalarModel: two thin modules whose forward is the only door to a Hugging Face backbone.
+
+Both take a `Batch`, lay it out (layout.py), run the decoder once and give back what belongs to response tokens. Under FSDP a head works
+only inside its network's forward, so what leaves a network are log-probs, values and scores, never states.
+"""
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_rlhf.batch import Batch
+from lit_rlhf.functional import last_index, token_logprobs
+from lit_rlhf.layout import Layout, pack
+
+
+class CausalPolicy(nn.Module):
+    """A causal language model that gives the log-probabilities of a batch's tokens.
+
+    Args:
+        lm: a Hugging Face causal decoder.
+        tokenizer: its tokenizer, with pad != EOS (`load_tokenizer`).
+    """
+
+    def __init__(self, lm: PreTrainedModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.window = attention_window(lm.config)
+        self.own_logits = False
+        self.packed = True
+        rows = lm.get_output_embeddings().weight.shape[0]
+        banned = torch.ones(rows, dtype=torch.bool)
+        banned[torch.tensor(sorted(set(tokenizer.get_vocab().values())))] = False
+        banned[tokenizer.pad_token_id] = True
+        self.register_buffer("banned", banned, persistent=False)
+
+    @classmethod
+    def load(cls, path: str, *, tokenizer: Tokenizer | None = None, peft: Any = None, dropout: bool = False, **loading: Any) -> "CausalPolicy":
+        """Loads `path` (a directory or hub name) with `loading` as in `load_model`, checks packing, and puts LoRA on it where `peft` is given."""
+        tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
+        lm = load_model(AutoModelForCausalLM, path, tokenizer, dropout=dropout, **loading)
+        net = cls(lm, tokenizer)
+        check_layout(net)
+        if peft is not None:
+            add_adapter(lm, peft)
+        return net
+
+    @property
+    def context_length(self) -> int | None:
+        return context_length(self.lm.config)
+
+    def forward(self, batch: Batch, *, temperature: float = 1.0, ban: bool = False, adapter: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the response tokens, and of prompt tokens where `batch.prompt_loss_mask` asks for them.
+
+        Args:
+            temperature: divides the logits.
+            ban: gives the pad token, and ids that no token has, probability 0, as sampling does.
+            adapter: False runs the network with its LoRA adapter off (the reference).
+
+        Returns:
+            logprobs (N, R) and prompt_logprobs (M, P) or None; nats, float32, 0 outside their masks.
+        """
+        layout = pack(batch, packed=self.packs(batch))
+        hidden, head = self._hidden(layout, adapter)
+        flat, setting = hidden.flatten(0, 1), {"temperature": temperature, "banned": self.banned if ban else None}
+        mask = batch.response_mask
+        found = token_logprobs(flat[layout.state_index[:, :-1][mask]], batch.response_ids[mask], head, **setting)
+        logprobs = found.new_zeros(mask.shape).masked_scatter(mask, found)
+        if batch.prompt_loss_mask is None:
+            return logprobs, None
+        mask = batch.prompt_loss_mask
+        found = token_logprobs(flat[layout.prompt_index[:, :-1][mask[:, 1:]]], batch.prompt_ids[mask], head, **setting)
+        return logprobs, found.new_zeros(mask.shape).masked_scatter(mask, found)
+
+    def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """One decoding step: logits (B, V) float32 after the last of ids (B, T), given the cache and the mask (B, past + T) of all tokens so far."""
+        rows = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+        if self.own_logits:
+            return self.lm(**accepted(self.lm, rows)).logits[:, -1].float()
+        hidden = self.lm.base_model(**accepted(self.lm.base_model, rows)).last_hidden_state[:, -1]
+        return self.lm.get_output_embeddings()(hidden).float()
+
+    def packs(self, batch: Batch) -> bool:
+        """Whether this batch may be packed: the family passed the check and no path is longer than its attention window."""
+        return self.packed and fits_window(batch, self.window)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a plain Hugging Face directory (safetensors, config, generation config, tokenizer), adapters merged."""
+        save_model(self.lm, self.tokenizer, directory)
+
+    def _hidden(self, layout: Layout, adapter: bool = True) -> tuple[Tensor, Any]:
+        """Final hidden states (B, T, H) and their head; for families whose logits are changed after the head, the logits and the identity."""
+        toggle = not adapter and has_adapter(self.lm)
+        if toggle:
+            self.lm.disable_adapters()
+        try:
+            if self.own_logits:
+                return run(self.lm, layout).logits, nn.Identity()
+            return run(self.lm.base_model, layout).last_hidden_state, self.lm.get_output_embeddings()
+        finally:
+            if toggle:
+                self.lm.enable_adapters()
+
+
+class ScalarModel(nn.Module):
+    """A decoder with a scalar head on every state: a reward model (its score is the last state's) or a value network.
+
+    Args:
+        model: a Hugging Face sequence classifier with one label.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.window = attention_window(model.config)
+        self.packed = True
+        self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0)), persistent=False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        head: Literal["saved", "new", "zero"] = "saved",
+        tokenizer: Tokenizer | None = None,
+        peft: Any = None,
+        dropout: bool = False,
+        **loading: Any,
+    ) -> "ScalarModel":
+        """Loads `path` (a directory or hub name).
+
+        Args:
+            head: "saved" requires the directory's own head; "new" draws one with std 1/sqrt(H + 1) (Stiennon et al. 2020's code) and
+                "zero" sets it to 0, both only where the directory has none.
+        """
+        tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
+        model = load_model(AutoModelForSequenceClassification, path, tokenizer, dropout=dropout, head=head, **loading)
+        net = cls(model, tokenizer)
+        check_layout(net)
+        if peft is not None:
+            add_adapter(model, peft)
+            net.head.requires_grad_(True)
+        return net
+
+    @property
+    def head(self) -> nn.Linear:
+        return scalar_head(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        return context_length(self.model.config)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """One number for every state, (N, R + 1) float32: column t after t response tokens; `reward_mean` is subtracted."""
+        layout = pack(batch, packed=self.packs(batch))
+        states = layout.states(run(self.model.base_model, layout).last_hidden_state)
+        return self.head(states).squeeze(-1).float() - self.mean
+
+    def packs(self, batch: Batch) -> bool:
+        return self.packed and fits_window(batch, self.window)
+
+    def set_mean(self, mean: float) -> None:
+        """Makes `mean` (raw score units) the zero of the scores, here and in the directory that `save` writes."""
+        self.model.config.reward_mean = float(mean)
+        self.mean.fill_(mean)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a plain Hugging Face directory; `reward_mean` rides in its config, and plain transformers gives the raw score."""
+        self.model.config.problem_type = "regression"
+        save_model(self.model, self.tokenizer, directory)
+
+
+def score_of(scalars: Tensor, response_mask: Tensor) -> Tensor:
+    """The score of each response (N,): the scalar (N, R + 1) of its last real token's state."""
+    return scalars.gather(1, last_index(response_mask)[:, None] + 1).squeeze(1)
+
+
+# Loading and saving
+
+
+def check_source(path: str) -> str:
+    """Returns `path` if it is a model directory or can be a hub name, else raises FileNotFoundError with what is wrong."""
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise FileNotFoundError(f"{path} is no Hugging Face model directory: it has no config.json (a Lightning .ckpt is for resuming, `hf/` is for the next stage)")
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.exists(path):
+        if path.count("/") > 0 or os.path.exists(path):
+            raise FileNotFoundError(f"no model directory at {path!r} (seen from {os.getcwd()}); run the stage that writes it first, or give a hub name")
+    return path
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
+    """Loads a tokenizer whose pad token is never its EOS: an unused special token is taken, else `<|pad|>` is added.
+
+    Raises ValueError where there is no EOS token, since no response could end.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(check_source(path), revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no EOS token, so no response could end; set tokenizer.eos_token and save it there")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        unused = _unused_special(tokenizer)
+        if unused is None:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        else:
+            tokenizer.pad_token = unused
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _unused_special(tokenizer: Tokenizer) -> str | None:
+    """A special token with no job: not EOS, BOS, mask or the like, and not part of the chat template; names with "pad" go first."""
+    taken = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "eos", "cls", "sep", "mask")}
+    byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", ""))
+    if not byte_level:
+        taken.add(tokenizer.unk_token)
+    free = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and t.content not in taken]
+    free = [t for t in free if t not in (tokenizer.chat_template or "")]
+    return next((t for t in free if "pad" in t.lower()), free[0] if free else None)
+
+
+def load_model(
+    auto: Any,
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dropout: bool = False,
+    head: str = "saved",
+) -> PreTrainedModel:
+    """Loads weights in `dtype` (safetensors only), checks that none is missing, and makes room for an added pad token.
+
+    Raises ValueError for an encoder-decoder, missing weights, or a tokenizer whose ids exceed the model's table.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(check_source(path), **source)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{path} is an encoder-decoder ({config.model_type}); lit_rlhf works on causal decoders only")
+    scalar = auto is AutoModelForSequenceClassification
+    if scalar:
+        config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
+    model, info = auto.from_pretrained(
+        path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+    )
+    _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
+    if not dropout:
+        disable_dropout(model)
+    rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if top == tokenizer.pad_token_id == rows:
+        model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    elif top >= rows:
+        raise ValueError(f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together")
+    return model
+
+
+def _check_missing(model: PreTrainedModel, path: str, missing: list[str], head: str) -> None:
+    """Accepts a missing scalar head only where one may be made, and makes it."""
+    other = [key for key in missing if not key.startswith("score.")]
+    if other:
+        raise ValueError(f"{path} lacks weights of {type(model).__name__}: {', '.join(other[:3])}{'…' if len(other) > 3 else ''}")
+    if missing and head == "saved":
+        raise ValueError(f"{path} has no reward head ({missing[0]} is missing): it is a language model; train it with PairwiseReward first")
+    if missing:
+        linear = scalar_head(model)
+        std = 0.0 if head == "zero" else (linear.in_features + 1) ** -0.5
+        nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """The one-label head of a sequence classifier, called `score` in every decoder family of transformers."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear `score` head; this family cannot be a reward or value network")
+    return model.score
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate in the live modules to 0, leaving the config as it is; a ratio of 1 at the first minibatch needs it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a path may have, or None where the config does not say."""
+    return next((n for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, key, None))), None)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes weights (adapters merged), config, generation config and tokenizer as one plain Hugging Face directory."""
+    weights = merged_state_dict(model)
+    with torch.device("meta"):
+        shell = type(model)(model.config)
+    shell.generation_config = model.generation_config if model.can_generate() else None
+    for config in filter(None, (shell.config, shell.generation_config)):
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if shell.config.tie_word_embeddings:
+        for key in getattr(model, "_tied_weights_keys", None) or ():
+            weights.pop(key, None)
+    shell.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+    for file in Path(directory).iterdir():
+        file.chmod(0o644)
+
+
+# LoRA, through transformers' own peft integration
+
+
+def add_adapter(model: PreTrainedModel, peft: Any) -> None:
+    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place; only the adapter's weights train."""
+    model.add_adapter(peft)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rank_zero_info(f"adapter: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} weights train")
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict with every adapter added into its layer's weight, under the plain model's keys."""
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    if not has_adapter(model):
+        return state
+    deltas = {
+        name: module.get_delta_weight(module.active_adapters[0]) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
+    }
+    plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    return plain | {f"{name}.weight": plain[f"{name}.weight"] + delta.detach().to(plain[f"{name}.weight"].dtype) for name, delta in deltas.items()}
+
+
+# Running a decoder on a layout, and checking that packing is right for it
+
+
+def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the module's forward takes by name."""
+    names = inspect.signature(module.forward).parameters
+    return {k: v for k, v in arguments.items() if k in names}
+
+
+def run(module: nn.Module, layout: Layout) -> Any:
+    """One forward of a Hugging Face decoder over a layout's rows, without a cache."""
+    rows = {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "position_ids": layout.position_ids, "use_cache": False}
+    return module(**accepted(module, rows))
+
+
+def attention_window(config: Any) -> int | None:
+    """The shortest attention window that the config names, or None: a packed row's mask would drop it."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    named = [getattr(config, key, None) for key in ("sliding_window", "window_size", "attention_window", "local_attention")]
+    windows = [n for n in named if isinstance(n, int) and n > 0]
+    return min(windows, default=None)
+
+
+def fits_window(batch: Batch, window: int | None) -> bool:
+    """Whether no prompt + response of the batch is longer than the window."""
+    if window is None:
+        return True
+    paths = batch.prompt_mask.sum(1)[batch.prompt_of] + batch.response_mask.sum(1)
+    return int(paths.max()) <= window
+
+
+@torch.no_grad()
+def check_layout(net: CausalPolicy | ScalarModel) -> None:
+    """Compares packed with plain rows, and our log-probs with the model's own logits, on random tokens; sets `packed` and `own_logits`.
+
+    Families that scale or cap their logits after the head use those logits; families for which packing is not exact take plain rows,
+    and one warning says so.
+    """
+    model = net.lm if isinstance(net, CausalPolicy) else net.model
+    was_training = model.training
+    model.eval()
+    batch = _random_batch(min(model.get_input_embeddings().weight.shape[0], 1000), net.window).to(next(model.parameters()).device)
+    tolerance = 5e-5 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    plain = pack(batch, packed=False)
+    base = run(model.base_model, plain).last_hidden_state
+    if isinstance(net, CausalPolicy):
+        logits, ours = run(model, plain).logits.float().log_softmax(-1), model.get_output_embeddings()(base).float().log_softmax(-1)
+        net.own_logits = bool((logits - ours)[plain.attention_mask.bool()].abs().max() > tolerance * 20)
+    states = plain.states(base)
+    try:
+        packed = pack(batch, packed=True)
+        difference = float((packed.states(run(model.base_model, packed).last_hidden_state) - states).abs().max() / states.abs().max())
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        difference = float("inf")
+        rank_zero_info(f"a packed forward of {model.config.model_type} failed: {error}")
+    if not difference <= tolerance:
+        net.packed = False
+        rank_zero_warn(
+            f"{model.config.model_type}: packed rows differ from plain rows (by {difference:.1g} of the largest state), as with ALiBi, local or "
+            "eager attention; using plain rows: the same numbers, more computation"
+        )
+    model.train(was_training)
+
+
+def _random_batch(vocabulary: int, window: int | None) -> Batch:
+    """Three prompts with 2, 1 and 2 responses of random tokens, no path longer than the window."""
+    room = min(window or 40, 40)
+    draw = torch.Generator().manual_seed(0)
+    tokens = lambda n: torch.randint(vocabulary, (max(n, 1),), generator=draw).tolist()  # noqa: E731
+    prompts = [tokens(room // 2), tokens(room // 3), tokens(room // 4)]
+    return Batch.of(prompts, [tokens(room // d) for d in (2, 3, 4, 3, 5)], [0, 0, 1, 2, 2])
