@@ -49,7 +49,7 @@ def token_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: give the number of tokens whose logits may be held at once, at least 1")
     chunks = []
-    for s, t in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+    for s, t in zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True):
         if torch.is_grad_enabled():
             chunk = checkpoint(_chunk_logprobs, s, t, head, temperature, banned, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -39,7 +39,7 @@ def pairwise_loss(
 
     Shapes: all (Q,); scores in the model's units. count: pairs.
     margin: what the chosen score must be ahead by (Llama 2, arXiv:2307.09288 eq. 2); None = 0.
-    target: t, the probability that `chosen` is the preferred one, .5 for a tie; None = 1 (Bradley-Terry; Stiennon et al. 2020, section 3.4).
+    target: t, the probability that `chosen` is the preferred one, .5 for a tie; None = 1 (Bradley-Terry; Stiennon et al. 2020, sec. 3.4).
     center_coef: pulls the scores towards a mean of 0 (Eisenstein et al. 2023, arXiv:2312.09244). weight: of each pair, in loss and stats.
     stats: loss; accuracy (the preferred one scores strictly higher, a tie of scores is wrong; where t < .5 the preferred one is
         `rejected`, where t = .5 it counts as `chosen`); margin (chosen - rejected); chosen_score; rejected_score.
@@ -71,7 +71,7 @@ def ranking_loss(
     center_coef: float = 0.0,
     count: float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """pairwise_loss averaged over the pairs of one prompt, then over prompts, so that a prompt with K responses weighs no more than one with 2.
+    """pairwise_loss averaged over the pairs of one prompt, then over prompts: a prompt with K responses weighs as much as one with 2.
 
     Shapes: scores (N,), pairs (Q, 2) int64 rows of `scores` (preferred, other), prompt_of (N,) int64, margin and target (Q,).
     count: prompts that have pairs. All pairs of a prompt must stand in one micro-batch.
@@ -82,7 +82,7 @@ def ranking_loss(
     if bool((prompts[:, 0] != prompts[:, 1]).any()):
         q = int((prompts[:, 0] != prompts[:, 1]).nonzero()[0])
         raise ValueError(f"pair {q} compares responses {pairs[q].tolist()} of two prompts, {prompts[q].tolist()}; pairs need one prompt")
-    _, which, sizes = prompts[:, 0].unique(return_inverse=True, return_counts=True)
+    _, which, sizes = torch.unique(prompts[:, 0], return_inverse=True, return_counts=True)
     return pairwise_loss(
         scores[pairs[:, 0]],
         scores[pairs[:, 1]],
