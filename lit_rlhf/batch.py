@@ -117,6 +117,24 @@ def trim(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :width], mask[:, :width]
 
 
+def pad_cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Joins (n_i, ...) tensors into (sum n_i, ...), matrices padded with zeros on the right to the widest."""
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(x.shape[1] for x in tensors)
+    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in tensors])
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all the prompts and responses, in order; pairs, loss masks and counts do not survive."""
+    starts = [sum(b.num_prompts for b in batches[:i]) for i in range(len(batches))]
+    return Batch(
+        *(pad_cat([getattr(b, name) for b in batches]) for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")),
+        prompt_of=torch.cat([b.prompt_of + start for b, start in zip(batches, starts, strict=True)]),
+        columns={name: [v for b in batches for v in b.columns[name]] for name in batches[0].columns},
+    )
+
+
 @dataclass
 class Experience:
     """What one PPO iteration learns from; floats are float32 and zero outside `batch.response_mask`."""

@@ -6,6 +6,7 @@ only inside its network's forward, so what leaves a network are log-probs, value
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_rlhf.batch import Batch
+from lit_rlhf.batch import Batch, pad_cat
 from lit_rlhf.functional import last_index, token_logprobs
 from lit_rlhf.layout import Layout, pack
 
@@ -45,7 +46,7 @@ class CausalPolicy(nn.Module):
     def load(cls, path: str, *, tokenizer: Tokenizer | None = None, peft: Any = None, dropout: bool = False, **loading: Any) -> "CausalPolicy":
         """Loads `path` (a directory or hub name) with `loading` as in `load_model`, checks packing, and puts LoRA on it where `peft` is given."""
         tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
-        lm = load_model(AutoModelForCausalLM, path, tokenizer, dropout=dropout, **loading)
+        lm = load_model(AutoModelForCausalLM, path, tokenizer, **loading)
         net = cls(lm, tokenizer)
         check_layout(net)
         if peft is not None:
@@ -133,7 +134,6 @@ class ScalarModel(nn.Module):
         head: Literal["saved", "new", "zero"] = "saved",
         tokenizer: Tokenizer | None = None,
         peft: Any = None,
-        dropout: bool = False,
         **loading: Any,
     ) -> "ScalarModel":
         """Loads `path` (a directory or hub name).
@@ -143,7 +143,7 @@ class ScalarModel(nn.Module):
                 "zero" sets it to 0, both only where the directory has none.
         """
         tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
-        model = load_model(AutoModelForSequenceClassification, path, tokenizer, dropout=dropout, head=head, **loading)
+        model = load_model(AutoModelForSequenceClassification, path, tokenizer, head=head, **loading)
         net = cls(model, tokenizer)
         check_layout(net)
         if peft is not None:
@@ -182,6 +182,25 @@ class ScalarModel(nn.Module):
 def score_of(scalars: Tensor, response_mask: Tensor) -> Tensor:
     """The score of each response (N,): the scalar (N, R + 1) of its last real token's state."""
     return scalars.gather(1, last_index(response_mask)[:, None] + 1).squeeze(1)
+
+
+def in_parts(forward: Callable[[Batch], Tensor], batch: Batch, budget: int) -> Tensor:
+    """forward(batch) -> (N, W), run over consecutive prompts of at most `budget` tokens (or one prompt) at a time.
+
+    The responses of a batch must stand in the order of their prompts for parts to share no prompt; any order is right.
+    """
+    tokens = batch.prompt_mask.sum(1).index_add(0, batch.prompt_of, batch.response_mask.sum(1)).tolist()
+    part, total, last = [0] * batch.num_prompts, 0, 0
+    for m, n in enumerate(tokens):
+        if total and total + n > budget:
+            last, total = last + 1, 0
+        part[m], total = last, total + n
+    if last == 0:
+        return forward(batch)
+    of_row = torch.tensor(part, device=batch.prompt_of.device)[batch.prompt_of]
+    index = [(of_row == i).nonzero().squeeze(1) for i in range(last + 1)]
+    found = pad_cat([forward(batch.select(rows)) for rows in index if len(rows)])
+    return found[torch.cat(index).argsort()]
 
 
 # Loading and saving
@@ -237,6 +256,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dropout: bool = False,
+    frozen_layers: int = 0,
     head: str = "saved",
 ) -> PreTrainedModel:
     """Loads weights in `dtype` (safetensors only), checks that none is missing, and makes room for an added pad token.
@@ -258,6 +278,7 @@ def load_model(
     _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
     if not dropout:
         disable_dropout(model)
+    freeze(model, frozen_layers)
     rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if top == tokenizer.pad_token_id == rows:
         model.resize_token_embeddings(rows + 1, mean_resizing=False)
@@ -296,6 +317,25 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def freeze(model: PreTrainedModel, layers: int) -> None:
+    """Stops the lowest `layers` blocks and all of the embeddings (a tied head is one of them) from training; 0 freezes nothing.
+
+    trlX freezes the bottom 70% of a reward model this way, and all but 8 layers of a policy; it leaves the embeddings trainable.
+    """
+    if layers == 0:
+        return
+    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+    if not stacks or not 0 < layers <= len(stacks[0]):
+        raise ValueError(f"frozen_layers is {layers}, the model has {model.config.num_hidden_layers} blocks")
+    for module in (model.get_input_embeddings(), *stacks[0][:layers]):
+        module.requires_grad_(False)
+
+
+def context_length_of(path: str, **source: Any) -> int | None:
+    """`context_length` of a directory or hub name, from its config alone."""
+    return context_length(AutoConfig.from_pretrained(check_source(path), **source))
 
 
 def context_length(config: Any) -> int | None:

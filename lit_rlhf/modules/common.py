@@ -1,0 +1,102 @@
+"""What the three modules share, as functions and small objects: they have no common parent."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_rlhf.data.loader import run_seed
+from lit_rlhf.generation import Sampling
+from lit_rlhf.optim import fix_max_steps
+
+
+def record(module: L.LightningModule, sampling: Sampling | None = None) -> None:
+    """Saves the arguments that are plain data as hyper-parameters, so that checkpoints load with `weights_only=True`.
+
+    Callables and objects given from Python (optimizer, scheduler, peft, reward_fn) are not written; `load_from_checkpoint` takes them as
+    arguments again. Under the command line everything is plain and the config is written as it was given.
+    """
+    frame = _caller()
+    module.save_hyperparameters(ignore=["optimizer", "scheduler", "peft", "reward_fn", "sampling", "rouge_tokenizer"], frame=frame)
+    if sampling is not None:
+        module.hparams["sampling"] = asdict(sampling)
+
+
+def _caller() -> Any:
+    import inspect
+
+    return inspect.currentframe().f_back.f_back  # type: ignore[union-attr]
+
+
+def as_sampling(sampling: Sampling | Mapping[str, Any]) -> Sampling:
+    """The Sampling itself, or made from the mapping that a checkpoint holds."""
+    return sampling if isinstance(sampling, Sampling) else Sampling(**sampling)
+
+
+def loss_scale(trainer: L.Trainer) -> float:
+    """The factor on local sum / step count: Lightning divides by the one, and DDP and FSDP average over the other."""
+    return trainer.accumulate_grad_batches * trainer.world_size
+
+
+def reseed(*counters: int) -> None:
+    """Seeds torch from the run's seed and counters, so that no RNG state needs saving for dropout to be the same after a resume."""
+    seed = 0x9E3779B97F4A7C15
+    for part in (run_seed(), *counters):
+        seed = ((seed ^ part) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
+    torch.manual_seed(seed)
+
+
+def optimizers(module: L.LightningModule, groups: list[dict[str, Any]], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Lightning's optimizer dictionary: one optimizer over the groups, its schedule over the whole run, stepped every update."""
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    built: Optimizer = optimizer(groups)
+    total = fix_max_steps(module.trainer)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built, total), "interval": "step"}}
+
+
+def group_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that can group an accuracy: short strings, numbers and booleans, not the texts."""
+    groups = {}
+    for name, values in columns.items():
+        known = [v for v in values if v is not None]
+        if name in TEXTS or not known:
+            continue
+        if all(isinstance(v, bool | int) or (isinstance(v, str) and len(v) <= 40) for v in known):
+            groups[name] = values
+    return groups
+
+
+TEXTS = {"prompt", "reference", "chosen", "rejected", "post", "title", "summary", "label", "completion", "id", "info", "note", "messages"}
+
+
+class StepMeter:
+    """Adds up the stats of an optimiser step's micro-batches and gives their sum over all ranks.
+
+    A stat with "max" in its name takes the largest instead.
+    """
+
+    def __init__(self) -> None:
+        self.stats: dict[str, Tensor] = {}
+
+    def add(self, stats: Mapping[str, Tensor]) -> None:
+        for name, value in stats.items():
+            value, old = value.detach().float(), self.stats.get(name)
+            self.stats[name] = value if old is None else torch.maximum(old, value) if "max" in name else old + value
+
+    def pop(self, prefix: str) -> dict[str, Tensor]:
+        """The stats since the last call, joined over ranks, with `prefix` before their names."""
+        stats, self.stats = self.stats, {}
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for name, value in stats.items():
+                dist.all_reduce(value, dist.ReduceOp.MAX if "max" in name else dist.ReduceOp.SUM)
+        return {prefix + name: value for name, value in stats.items()}
+
+
+def set_train(network: nn.Module) -> None:
+    """Puts a network in training mode; Hugging Face loads in eval mode and Lightning leaves it there."""
+    network.train()

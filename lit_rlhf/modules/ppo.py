@@ -1,0 +1,417 @@
+"""PPO: a policy optimised against a reward under a KL penalty.
+
+One Lightning epoch is one PPO iteration, and optimisation is automatic, so clipping, accumulation, schedules, `max_steps` and checkpoint
+intervals are the Trainer's. The rollout happens in `on_train_batch_start` when the experience is used up; only the counters here
+(`iteration`, `position`) say where an iteration stands, never Lightning's.
+"""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lit_rlhf.batch import Batch, Experience
+from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
+from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
+from lit_rlhf.generation import Sampling
+from lit_rlhf.metrics import Rouge
+from lit_rlhf.modules.common import StepMeter, as_sampling, loss_scale, optimizers, record
+from lit_rlhf.modules.sft import response_rows
+from lit_rlhf.networks import CausalPolicy, ScalarModel, check_source, context_length_of, load_tokenizer
+from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.rollout import Actors, Shaping, collect, gather, shape
+from lit_rlhf.scoring import FunctionScorer, ModelScorer, check_reward_fn
+
+VALIDATION = 0x56414C  # keys of sampling noise that is the same at every validation
+PREDICTION = 0x505245
+
+
+class PPO(L.LightningModule):
+    """Clipped policy gradient on sampled responses, with a value network, a frozen reference and a KL penalty per token.
+
+    Source: Stiennon et al. 2020, Ziegler et al. 2019; defaults and details as in Huang et al. 2024 except where CONTRIBUTING.md says.
+    Needs a `PromptDataModule`. `model` is the SFT stage's directory: policy and reference start from it.
+
+    Args:
+        model: the SFT directory or hub name.
+        reward_model: a reward model's directory or hub name; or
+        reward_fn: `reward_fn(prompts, responses, **columns)` -> one number per response, or a transformers pipeline. Exactly one of the two.
+        value_init: where the value network starts: "reward" (the reward model), "sft" (`model` with a zero head) or a directory; by
+            default the reward model if there is one, else "sft".
+        sampling: of rollouts and validation; the temperature holds for all log-probs.
+        batch_size: responses per iteration, over all ranks.
+        responses_per_prompt: how many of them one prompt gets.
+        ppo_epochs, minibatches: passes over the experience, and optimiser steps per pass.
+        kl_coef: beta of the penalty -beta * (logprob - ref_logprob) per token; the starting point where `kl_target` is set.
+        kl_target: nats per response that an adaptive coefficient steers to; None keeps it fixed.
+        kl_horizon: responses over which it adapts (Ziegler et al. 2019, 2.2).
+        gamma, lam: GAE's discount and decay.
+        clip, value_clip: clip ranges of ratio and value (None: values unclipped).
+        value_coef: weight of the value loss.
+        value_lr: learning rate of the value network's parameter group; None takes the optimizer's.
+        whiten_advantages, whiten_rewards: over all response tokens of the iteration; rewards keep their mean.
+        no_eos_score: replaces the score of a response that did not end; "auto" is -1 for reward models and none for functions.
+        reward_baseline: "mean" (the reward model's `reward_mean`), "reference" (the score of the post's own reference, as trlX) or "none".
+        score_clip: cut scores to +-this. scale_scores: divide them by their running standard deviation.
+        ptx_coef: weight of the language-model loss on `PromptDataModule(ptx_data=…)` (InstructGPT's PPO-ptx).
+        tokens_per_forward: how many tokens a pass without gradient may hold.
+        dtype, attn_implementation, revision, trust_remote_code, peft, frozen_layers, optimizer, scheduler: as in `SFT`; with `peft` the
+            reference is the policy with its adapter off.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        reward_model: str | None = None,
+        reward_fn: Any = None,
+        value_init: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        batch_size: int = 512,
+        responses_per_prompt: int = 1,
+        ppo_epochs: int = 4,
+        minibatches: int = 1,
+        kl_coef: float = 0.05,
+        kl_target: float | None = None,
+        kl_horizon: int = 10000,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        clip: float = 0.2,
+        value_clip: float | None = 0.2,
+        value_coef: float = 0.1,
+        value_lr: float | None = None,
+        whiten_advantages: bool = True,
+        whiten_rewards: bool = False,
+        no_eos_score: float | Literal["auto"] | None = "auto",
+        reward_baseline: Literal["none", "mean", "reference"] = "mean",
+        score_clip: float | None = None,
+        scale_scores: bool = False,
+        ptx_coef: float = 0.0,
+        tokens_per_forward: int = 16384,
+        rouge_tokenizer: Any = "default",
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        peft: Any = None,
+        frozen_layers: int = 0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
+        scheduler: LRSchedule = Schedule("linear"),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.sampling = as_sampling(sampling)
+        record(self, self.sampling)
+        self.model = check_source(model)
+        self.reward_model, self.reward_fn = reward_model, reward_fn
+        self.value_init = value_init or ("reward" if reward_model else "sft")
+        self.batch_size, self.responses_per_prompt = batch_size, responses_per_prompt
+        self.ppo_epochs, self.minibatches = ppo_epochs, minibatches
+        self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
+        self.clip, self.value_clip, self.value_coef, self.value_lr = clip, value_clip, value_coef, value_lr
+        self.reward_baseline, self.ptx_coef, self.tokens_per_forward = reward_baseline, ptx_coef, tokens_per_forward
+        floor = (-1.0 if reward_model else None) if no_eos_score == "auto" else no_eos_score
+        self.shaping = Shaping(floor, score_clip, whiten_rewards, whiten_advantages, gamma, lam)
+        self.moments = RunningMoments() if scale_scores else None
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+        self.training_setup = {"peft": peft, "frozen_layers": frozen_layers}
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self._check()
+        self.policy: CausalPolicy | None = None
+        self.reference: CausalPolicy | None = None
+        self.value: ScalarModel | None = None
+        self.scorer: torch.nn.Module | None = None
+        self.rouge = Rouge(tokenizer=rouge_tokenizer)
+        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
+        self.meter = StepMeter()
+        self.samples: list[dict[str, Any]] = []
+        self.iteration, self.position, self.episodes = 0, 0, 0
+        self.experience: Experience | None = None
+        self.strict_loading = False  # frozen networks are not in our checkpoints
+        self._tokenizer: Any = None
+
+    def _check(self) -> None:
+        """Refuses settings that contradict each other, before anything loads."""
+        if (self.reward_model is None) == (self.reward_fn is None):
+            raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if self.reward_model else ""))
+        if self.reward_fn is not None:
+            check_reward_fn(self.reward_fn)
+        else:
+            check_source(self.reward_model)
+        if self.value_init == "reward" and self.reward_model is None:
+            raise ValueError("value_init is 'reward', but there is no reward_model; use 'sft' or a directory")
+        if self.value_init not in ("reward", "sft"):
+            check_source(self.value_init)
+        if self.sampling.temperature <= 0:
+            raise ValueError("PPO needs sampling.temperature > 0: greedy responses have no probability to change")
+        for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.responses_per_prompt:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of responses_per_prompt {self.responses_per_prompt}")
+
+    # What the data module asks for
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model, **self.source)
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        return context_length_of(self.model, **self.source)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimiser steps between two rollouts."""
+        return self.ppo_epochs * self.minibatches
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts per iteration, over all ranks."""
+        return self.batch_size // self.responses_per_prompt
+
+    # Set-up
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if stage == "fit":
+            self._check_trainer()
+        longest, limit = getattr(data, "max_prompt_tokens", None), self.context_length
+        if longest and limit and longest + self.sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"max_prompt_tokens {longest} + max_new_tokens {self.sampling.max_new_tokens} exceed the context of {self.model}, {limit} tokens"
+            )
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if not hasattr(trainer.datamodule, "prompts"):
+            raise TypeError("PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number")
+        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
+            raise ValueError("limit_train_batches would cut iterations short; shorten a PPO run with max_steps, or with batch_size and ppo_epochs")
+        parts = self.minibatches * trainer.accumulate_grad_batches * trainer.world_size
+        if self.num_prompts < parts:
+            raise ValueError(
+                f"{self.num_prompts} prompts per iteration cannot be split into minibatches {self.minibatches} x accumulate_grad_batches "
+                f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; raise batch_size or lower one of them"
+            )
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        loading = self.loading | self.source
+        self.policy = CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading, **self.training_setup)
+        if self.training_setup["peft"] is None:
+            self.reference = CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading).requires_grad_(False)
+        self.value = self._load_value(loading)
+        if self.reward_fn is not None:
+            self.scorer = FunctionScorer(self.reward_fn)
+        else:
+            network = ScalarModel.load(self.reward_model, **self.loading, trust_remote_code=self.source["trust_remote_code"])
+            if self.reward_baseline != "mean":
+                network.mean.zero_()
+            self.scorer = ModelScorer(network, tokens_per_forward=self.tokens_per_forward)
+
+    def _load_value(self, loading: dict[str, Any]) -> ScalarModel:
+        """The value network; its tokenizer must be the policy's, since it reads the policy's ids."""
+        if self.value_init == "sft":
+            return ScalarModel.load(self.model, head="zero", tokenizer=self.tokenizer, **loading, **self.training_setup)
+        path = self.reward_model if self.value_init == "reward" else self.value_init
+        if load_tokenizer(path, trust_remote_code=self.source["trust_remote_code"]).get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer of {path} is not that of {self.model}, so it cannot be the value network; set value_init: sft")
+        value = ScalarModel.load(path, tokenizer=self.tokenizer, **self.loading, **self.training_setup, trust_remote_code=self.source["trust_remote_code"])
+        if self.reward_baseline != "mean":
+            value.mean.zero_()
+        return value
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = [{"params": list(self.policy.parameters())}, {"params": list(self.value.parameters())}]
+        if self.value_lr is not None:
+            groups[1]["lr"] = self.value_lr
+        return optimizers(self, groups, self.optimizer, self.scheduler)
+
+    @property
+    def actors(self) -> Actors:
+        return Actors(self.policy, self.reference, self.value, self.scorer)
+
+    def on_fit_start(self) -> None:
+        self.policy.train()
+        self.value.train()
+
+    # One iteration
+
+    @property
+    def items(self) -> int:
+        """Micro-batches per iteration."""
+        return self.steps_per_iteration * self.trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.experience is not None and self.position >= self.items:
+            self.iteration, self.position, self.experience = self.iteration + 1, 0, None
+        if self.experience is None:
+            with self.trainer.precision_plugin.forward_context():
+                self._collect()
+
+    def _collect(self) -> None:
+        """Makes the iteration's experience, logs it, and lets the KL coefficient adapt for the next one."""
+        world, rank = self.trainer.world_size, self.global_rank
+        prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else self.iteration, self.num_prompts)
+        mine = range(rank * self.num_prompts // world, (rank + 1) * self.num_prompts // world)
+        rollout = gather(
+            collect(
+                self.actors,
+                prompts.select_prompts(mine),
+                self.sampling,
+                num_responses=self.responses_per_prompt,
+                key=(run_seed(), self.iteration),
+                rows=mine,
+                subtract_reference=self.reward_baseline == "reference",
+                tokens_per_forward=self.tokens_per_forward,
+            )
+        )
+        self.experience, stats = shape(rollout, self.kl_coef, self.shaping, self.moments)
+        self.episodes += self.batch_size
+        stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))}
+        if self.kl_target is not None:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, float(stats["kl"]), target=self.kl_target, horizon=self.kl_horizon, n=self.batch_size)
+        self.log_dict({f"rollout/{name}": value for name, value in stats.items()}, on_step=False, on_epoch=True, batch_size=1)
+
+    def micro_batch(self, position: int) -> tuple[Experience, int]:
+        """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens over all ranks.
+
+        The prompts' order is a function of (seed, iteration, epoch); the responses of a prompt stay together.
+        """
+        step, micro = divmod(position, self.trainer.accumulate_grad_batches)
+        epoch, minibatch = divmod(step, self.minibatches)
+        order = permutation(self.num_prompts, run_seed(), self.iteration, epoch).tolist()
+        prompts = order[minibatch * self.num_prompts // self.minibatches : (minibatch + 1) * self.num_prompts // self.minibatches]
+        lengths = self.experience.batch.response_mask.sum(1).view(self.num_prompts, -1).sum(1)
+        sizes = (self.experience.batch.prompt_mask.sum(1) + lengths)[prompts].tolist()
+        parts = split_by_tokens(sizes, self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        mine = parts[micro * self.trainer.world_size + self.global_rank]
+        k = self.responses_per_prompt
+        rows = [prompts[i] * k + j for i in mine for j in range(k)]
+        return self.experience.select(rows).to(self.device), int(lengths[prompts].sum())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        experience, count = self.micro_batch(self.position)
+        mask = experience.batch.response_mask
+        logprobs, _ = self.policy(experience.batch, temperature=self.sampling.temperature, ban=True)
+        values = self.value(experience.batch)[:, :-1]
+        loss, stats = policy_loss(logprobs, experience.logprobs, experience.advantages, mask, clip=self.clip, count=count)
+        v_loss, v_stats = value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip, count=count)
+        stats = {("policy_loss" if name == "loss" else name): x for name, x in stats.items()}
+        stats |= {"value_" + name.removeprefix("value_"): x for name, x in v_stats.items()}
+        loss = loss + self.value_coef * v_loss
+        if self.ptx_coef:
+            ptx = self._ptx_loss()
+            loss, stats["ptx_loss"] = loss + self.ptx_coef * ptx, ptx.detach()
+        self.meter.add(stats)
+        self.position += 1
+        return loss * loss_scale(self.trainer)
+
+    def _ptx_loss(self) -> Tensor:
+        """The language-model loss on this step's ptx rows, this rank's and micro-batch's part of it."""
+        step, micro = divmod(self.position, self.trainer.accumulate_grad_batches)
+        rows = self.num_prompts // self.minibatches
+        batch = self.trainer.datamodule.ptx_batch(self.iteration * self.steps_per_iteration + step, rows)
+        sizes = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
+        parts = split_by_tokens(sizes, self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        part = batch.select(parts[micro * self.trainer.world_size + self.global_rank]).to(self.device)
+        return lm_loss(self.policy(part)[0], part.response_mask, count=int(batch.response_mask.sum()))[0]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log_dict(self.meter.pop("ppo/"), on_step=False, on_epoch=True, batch_size=1)
+
+    # Evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, batch: Batch, batch_idx: int) -> None:
+        """Samples at the training temperature with noise that is the same at every validation."""
+        if batch_idx == 0:
+            self.samples = []
+        rows = self._collect_rows(batch, batch_idx, VALIDATION)
+        self.samples += rows
+        for name, metric in self.val_metrics.items():
+            metric.update(torch.tensor([float(row[name]) for row in rows], device=self.device))
+        scored = [row for row in rows if row.get("reference") is not None]
+        if scored:
+            self.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
+
+    def _collect_rows(self, batch: Batch, batch_idx: int, purpose: int) -> list[dict[str, Any]]:
+        actors = Actors(self.policy, self.reference, None, self.scorer)
+        key = (run_seed(), purpose, batch_idx, self.global_rank)
+        setting = {"subtract_reference": self.reward_baseline == "reference", "tokens_per_forward": self.tokens_per_forward}
+        made = collect(actors, batch, self.sampling, key=key, **setting)
+        mask = made.batch.response_mask
+        return response_rows(
+            batch.columns,
+            made.texts,
+            score=made.scores.tolist(),
+            kl=(k1(made.logprobs, made.ref_logprobs) * mask).sum(1).tolist(),
+            length=mask.sum(1).tolist(),
+            eos_rate=made.finished.tolist(),
+        )
+
+    def _report(self, stage: str) -> None:
+        values = {name: metric.compute() for name, metric in self.val_metrics.items()} | (self.rouge.compute() if self.rouge.count else {})
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+        for metric in (*self.val_metrics.values(), self.rouge):
+            metric.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dictionary a prompt: prompt, response, reference where known, score, kl, length."""
+        return self._collect_rows(batch, batch_idx, PREDICTION)
+
+    def export_networks(self) -> dict[str, CausalPolicy | ScalarModel]:
+        """What ExportHF writes: policy and value network, each in its own directory."""
+        return {"policy": self.policy, "value": self.value}
+
+    # Checkpoints: counters and moments; frozen networks are left out
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = ("reference.", "scorer.")
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(frozen)}
+        checkpoint["ppo"] = {name: getattr(self, name) for name in ("iteration", "position", "episodes", "kl_coef")}
+        if self.moments is not None:
+            checkpoint["ppo"]["moments"] = [self.moments.count, self.moments.mean, self.moments.squares]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["ppo"]
+        for name in ("iteration", "position", "episodes", "kl_coef"):
+            setattr(self, name, state[name])
+        if self.moments is not None and "moments" in state:
+            self.moments.count, self.moments.mean, self.moments.squares = state["moments"]
+
+
+class RunningMoments:
+    """Running mean and variance of the scores (Chan et al.'s update); called with scores it takes them in and divides them by the std."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        n, mean = float(len(scores)), float(scores.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.squares += float((scores - mean).square().sum()) + delta**2 * self.count * n / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        return scores / max(self.std, 1e-8)
+
+    @property
+    def std(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else 1.0

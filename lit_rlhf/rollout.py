@@ -1,0 +1,191 @@
+"""collect(): prompts -> Experience. All of PPO that needs no gradient.
+
+Each rank samples and scores its own prompts; then the ranks exchange what they made, so that every rank holds the whole experience and
+whitening, KL and minibatches are global without another word. (The experience is ids and floats per token: megabytes.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lit_rlhf.batch import Batch, Experience, join, pad_cat
+from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
+from lit_rlhf.generation import Sampling, sample
+from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
+
+MAX_ROWS = 256
+
+
+@dataclass
+class Actors:
+    """The four networks of PPO; `reference` is None where it is the policy with its adapter off."""
+
+    policy: CausalPolicy
+    reference: CausalPolicy | None
+    value: ScalarModel | None
+    scorer: nn.Module
+
+    def ref_logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        network, adapter = (self.policy, False) if self.reference is None else (self.reference, True)
+        return network(batch, temperature=temperature, ban=True, adapter=adapter)[0]
+
+
+@dataclass
+class Rollout:
+    """Responses and what the networks say of them; (N,) or (N, R), on the CPU."""
+
+    batch: Batch
+    texts: list[str]
+    finished: Tensor
+    """(N,) bool: ended by EOS or a stop string."""
+    logprobs: Tensor
+    sampled_logprobs: Tensor
+    """(N, R) nats, as seen while sampling."""
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    scores: Tensor
+    """(N,) the scorer's, minus the reference's score where that is the baseline."""
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores become rewards and advantages.
+
+    Args:
+        no_eos_score: replaces the score of a response that did not end (None: leave it).
+        score_clip: scores are cut to +-score_clip, before any scaling (trlX's order).
+        whiten_rewards: whiten the rewards, keeping their mean. whiten_advantages: whiten the advantages.
+        gamma, lam: GAE's discount and decay.
+    """
+
+    no_eos_score: float | None = None
+    score_clip: float | None = None
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    gamma: float = 1.0
+    lam: float = 0.95
+
+
+@torch.no_grad()
+def collect(
+    actors: Actors,
+    prompts: Batch,
+    sampling: Sampling,
+    *,
+    num_responses: int = 1,
+    key: Sequence[int] = (0,),
+    rows: Sequence[int] | None = None,
+    subtract_reference: bool = False,
+    tokens_per_forward: int = 16384,
+) -> Rollout:
+    """Samples responses for this rank's prompts and runs every network on them.
+
+    Args:
+        rows: the prompts' global numbers (the noise depends on them); default 0..M-1.
+        subtract_reference: score minus the score of the prompt's own reference response (column "reference").
+        tokens_per_forward: how many tokens one forward pass may hold.
+    """
+    rows = list(range(prompts.num_prompts)) if rows is None else list(rows)
+    device = next(actors.policy.parameters()).device
+    parts = []
+    for index in _groups(prompts, num_responses, sampling.max_new_tokens):
+        part = prompts.select_prompts(index).to(device)
+        parts.append((index, sample(actors.policy, part, sampling, num_responses=num_responses, key=key, rows=[rows[i] for i in index])))
+    temperature = sampling.temperature or 1.0
+    rollouts = []
+    for _, sampled in parts:
+        batch, mask = sampled.batch, sampled.batch.response_mask
+        logprobs = in_parts(lambda b: actors.policy(b, temperature=temperature, ban=True)[0], batch, tokens_per_forward)
+        ref = in_parts(lambda b: actors.ref_logprobs(b, temperature), batch, tokens_per_forward)
+        values = torch.zeros_like(ref) if actors.value is None else in_parts(lambda b: actors.value(b)[:, :-1], batch, tokens_per_forward) * mask
+        scores = score_texts(actors.scorer, batch, sampled.texts, subtract_reference)
+        made = (sampled.finished, logprobs, sampled.logprobs, ref, values, sampled.entropy * mask, scores)
+        rollouts.append(Rollout(batch.to("cpu"), sampled.texts, *(x.float().cpu() if x.is_floating_point() else x.cpu() for x in made)))
+    return join_rollouts(rollouts)
+
+
+def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_reference: bool = False) -> Tensor:
+    """The scorer's scores (N,) of response texts, minus the references' where asked.
+
+    Raises ValueError where a reference is asked for and the data has none.
+    """
+    prompts, columns = batch.column("prompt"), {name: batch.column(name) for name in batch.columns if name != "prompt"}
+    scores = scorer(prompts, texts, columns)
+    if not subtract_reference:
+        return scores
+    references = columns.get("reference")
+    if references is None or any(r is None for r in references):
+        raise ValueError("reward_baseline is 'reference', but the prompts have no reference; give data with a label, or use reward_baseline: mean")
+    return scores - scorer(prompts, references, columns)
+
+
+def _groups(prompts: Batch, num_responses: int, new_tokens: int) -> list[list[int]]:
+    """The prompts in groups of at most MAX_ROWS responses (one group wherever that suffices)."""
+    size = max(1, MAX_ROWS // num_responses)
+    return [list(range(at, min(at + size, prompts.num_prompts))) for at in range(0, prompts.num_prompts, size)]
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    """One rollout of all, in order."""
+    joined = {f.name: [getattr(r, f.name) for r in rollouts] for f in fields(Rollout)}
+    texts = [t for part in joined.pop("texts") for t in part]
+    return Rollout(join(joined.pop("batch")), texts, **{name: pad_cat(parts) for name, parts in joined.items()})
+
+
+def gather(rollout: Rollout) -> Rollout:
+    """Every rank's rollout, joined in the order of ranks, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rollout
+    parts: list[Rollout] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(parts, rollout)
+    return join_rollouts(parts)
+
+
+def shape(rollout: Rollout, kl_coef: float, shaping: Shaping, scale: Callable[[Tensor], Tensor] | None = None) -> tuple[Experience, dict[str, Tensor]]:
+    """Scores and KL -> rewards -> advantages and returns, and the iteration's statistics.
+
+    Args:
+        scale: divides clipped scores, e.g. by their running standard deviation.
+    """
+    batch, mask = rollout.batch, rollout.batch.response_mask
+    scores = rollout.scores
+    if shaping.no_eos_score is not None:
+        scores = torch.where(rollout.finished, scores, torch.full_like(scores, shaping.no_eos_score))
+    if shaping.score_clip is not None:
+        scores = scores.clamp(-shaping.score_clip, shaping.score_clip)
+    if scale is not None:
+        scores = scale(scores)
+    rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, scores, mask, kl_coef=kl_coef)
+    if shaping.whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True)
+    advantages, returns = gae(rewards, rollout.values, mask, gamma=shaping.gamma, lam=shaping.lam)
+    raw = advantages
+    if shaping.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    experience = Experience(batch, rollout.logprobs, rollout.ref_logprobs, rollout.values, scores, rewards, advantages, returns)
+    return experience, statistics(rollout, experience, raw)
+
+
+def statistics(rollout: Rollout, experience: Experience, raw_advantages: Tensor) -> dict[str, Tensor]:
+    """The iteration's numbers; every formula stands in tutorials/metrics.md."""
+    mask = rollout.batch.response_mask
+    kl = (k1(rollout.logprobs, rollout.ref_logprobs) * mask).sum(1)
+    residual, returns = (experience.returns - rollout.values)[mask], experience.returns[mask]
+    return {
+        "score": rollout.scores.mean(),
+        "score_std": rollout.scores.std(unbiased=False),
+        "shaped_score": experience.scores.mean(),
+        "kl": kl.mean(),
+        "reward": experience.rewards.sum(1).mean(),
+        "length": mask.sum(1).float().mean(),
+        "eos_rate": rollout.finished.float().mean(),
+        "entropy": masked_mean(rollout.entropy, mask),
+        "value": masked_mean(rollout.values, mask),
+        "advantage_std": raw_advantages[mask].std(unbiased=False),
+        "explained_variance": 1 - residual.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8),
+        "sampling_gap_max": ((rollout.logprobs - rollout.sampled_logprobs) * mask).abs().max(),
+    }
