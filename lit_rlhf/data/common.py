@@ -9,7 +9,8 @@ import numpy as np
 from lit_rlhf.batch import Batch
 from lit_rlhf.data.loader import StepLoader, run_seed
 from lit_rlhf.data.schemas import Schema
-from lit_rlhf.data.table import Table, load_tables, report, summarise
+from lit_rlhf.data.sources import open_source, pick
+from lit_rlhf.data.table import Table, build_table, load_tables, report, summarise
 from lit_rlhf.data.tokenise import Encoder
 
 WANTED = {"fit": {"train", "val"}, "validate": {"val"}, "test": {"test"}, "predict": {"test", "val", "train"}}
@@ -51,6 +52,14 @@ def prepare(module: Any, stage: str | None, schemas: tuple[Schema, ...]) -> tupl
     return tables, summary
 
 
+def extra_table(module: Any, data: Any, schemas: tuple[Schema, ...], argument: str) -> Table:
+    """Prompts with responses from a second source, under the DataModule's settings; its "train" split where it has splits."""
+    part = pick(open_source(data, name=None), "train", argument, argument)
+    table = build_table(part, schemas, replace(module.settings, columns=None, prompts_only=False), module.encoder)
+    report(summarise({argument: table}), getattr(module.trainer, "loggers", ()))
+    return table
+
+
 def train_loader(module: Any, lengths: np.ndarray, counts: np.ndarray, collate: Callable[[list[int]], Batch]) -> StepLoader:
     """The training loader of this rank; outside a Trainer, that of a single process without accumulation."""
     trainer = module.trainer
@@ -75,7 +84,7 @@ def eval_loader(module: Any, lengths: np.ndarray, counts: np.ndarray, collate: C
     """All rows once, in order, every step's rows split over the ranks; by default as many as a training micro-batch has."""
     trainer = module.trainer
     rank, world = getattr(trainer, "global_rank", 0), getattr(trainer, "world_size", 1)
-    size = module.val_batch_size or module.batch_size // getattr(trainer, "accumulate_grad_batches", 1)
+    size = module.val_batch_size or module.batch_size // (getattr(trainer, "accumulate_grad_batches", None) or 1)
     return StepLoader(lengths, counts, collate, batch_size=max(size, world), rank=rank, world=world)
 
 

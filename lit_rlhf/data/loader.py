@@ -19,6 +19,12 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([abs(k) for k in key]))).permutation(size)
 
 
+def rolling(rows: int, start: int, size: int, *key: int) -> list[int]:
+    """Entries start..start+size of an endless sequence of permutations of range(rows), a function of `key` alone."""
+    orders = {turn: permutation(rows, *key, turn) for turn in range(start // rows, (start + size - 1) // rows + 1)}
+    return [int(orders[at // rows][at % rows]) for at in range(start, start + size)]
+
+
 def split_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Row positions 0..len(lengths)-1 in `parts` non-empty parts of nearly equal token sums (longest row first, into the lightest part)."""
     if len(lengths) < parts:
