@@ -45,7 +45,7 @@ def _answer(tokenizer: Any, prompt: list[Message], text: str, turn: list[Message
 
 
 def _spans(tokenizer: Any, prompt: list[Message], text: str, where: str) -> list[tuple[int, int]]:
-    """Where the assistant's earlier turns stand in the prompt, end-of-turn mark included; a turn that the template rewrites later is left out."""
+    """Where the prompt's assistant turns stand, end-of-turn marks included; a turn that the template rewrites later is left out."""
     spans = []
     for k, message in enumerate(prompt):
         if message["role"] == "assistant" and k > 0:

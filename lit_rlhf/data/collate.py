@@ -11,7 +11,7 @@ from lit_rlhf.batch import Batch
 
 
 def collate(rows: Sequence[dict[str, Any]], *, prompt_loss: bool = False) -> Batch:
-    """One Batch of these rows: M = len(rows) prompts, their N responses in order, their Q pairs with `responses` rows as (preferred, other).
+    """One Batch of these rows: M = len(rows) prompts, their N responses in order, their Q pairs as (preferred, other) response rows.
 
     With `prompt_loss` every prompt token but the first counts in the language-model loss, else only those of earlier assistant turns. Rows
     without a target or margin get 1 and 0 where another row has one.

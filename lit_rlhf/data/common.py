@@ -39,6 +39,9 @@ def prepare(module: Any, stage: str | None, schemas: tuple[Schema, ...]) -> tupl
     encoder, context = encoder_of(module.trainer, module.tokenizer)
     module.encoder = encoder
     settings = replace(module.settings, context_length=context)
+    if settings.prompts_only:
+        sampling = getattr(getattr(module.trainer, "lightning_module", None), "sampling", None)
+        settings = replace(settings, new_tokens=getattr(sampling, "max_new_tokens", 1))
     made_for = (encoder.fingerprint(), settings)
     have = module.tables if getattr(module, "_made_for", made_for) == made_for else {}
     module._made_for = made_for

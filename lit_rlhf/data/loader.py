@@ -41,10 +41,11 @@ def split_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
 class StepLoader:
     """A sized iterable of one rank's micro-batches, `accumulate` of them per optimiser step.
 
-    `lengths`, `counts` (one per row): tokens, and what the row adds to the loss divisor. `batch_size` is the number of rows of one optimiser step over all ranks and
-    micro-batches; a step's rows are split over those by tokens, and every Batch carries `count`, the sum of the whole step. A short last step
-    stays, unless it has fewer rows than parts: then its rows join the step before. `epoch` is the first epoch's number; `limit` the number of
-    micro-batches after which the Trainer ends an epoch (limit_train_batches), needed to resume from there. Lightning adds no sampler to it.
+    `lengths`, `counts` (one per row): tokens, and what the row adds to the loss divisor. `batch_size` is the number of rows of one
+    optimiser step over all ranks and micro-batches; a step's rows are split over those by tokens, and every Batch carries `count`, the sum
+    of the whole step. A short last step stays, unless it has fewer rows than parts: then its rows join the step before. `epoch` is the first epoch's
+    number; `limit` the number of micro-batches after which the Trainer ends an epoch (limit_train_batches), needed to resume from there.
+    ValueError where there are too few rows to give each rank and micro-batch one. Lightning adds no sampler to it.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class StepLoader:
         return order[step * self.batch_size : None if step == self.steps - 1 else (step + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing happens before the first batch is asked for, so an iterator that Lightning makes and drops costs nothing, and a state
-        # loaded after it was made still counts.
+        # A generator: nothing happens before the first batch is asked for, so an iterator that Lightning makes and drops costs nothing,
+        # and a state loaded after it was made still counts.
         resume, self._resumed = self._resumed, False
         if not resume or self.position >= self.limit:
             self.epoch, self.position = self.epoch + 1, 0
@@ -116,7 +117,7 @@ class StepLoader:
         return now | {"accumulate": self.accumulate, "batch_size": self.batch_size, "rows": len(self.lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch that was handed out last; a ValueError where the rows or the batch size differ in the middle of an epoch."""
+        """Continue after the batch handed out last; a ValueError where the rows or the batch size differ in the middle of an epoch."""
         if not state:
             return
         ended = state["position"] >= state["end"]
@@ -124,7 +125,7 @@ class StepLoader:
         changed = [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
         if changed and not ended and state["position"] > 0:
             raise ValueError(
-                f"the checkpoint stands in the middle of epoch {state['epoch']} (batch {state['position']}), and since then {', '.join(changed)}: "
+                f"the checkpoint is from the middle of epoch {state['epoch']} (batch {state['position']}), and {', '.join(changed)}: "
                 "resume with the same data and batch_size, or start from an exported directory"
             )
         self.epoch, self._resumed = state["epoch"], True

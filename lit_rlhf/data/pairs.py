@@ -9,7 +9,7 @@ import numpy as np
 from lit_rlhf.batch import Batch
 from lit_rlhf.data.collate import collate
 from lit_rlhf.data.common import eval_loader, eval_split, extra_table, prepare, train_loader
-from lit_rlhf.data.loader import StepLoader
+from lit_rlhf.data.loader import StepLoader, permutation, run_seed
 from lit_rlhf.data.schemas import PAIR_SCHEMAS, SFT_SCHEMAS
 from lit_rlhf.data.sources import Data
 from lit_rlhf.data.table import Sources, Table
@@ -19,8 +19,8 @@ from lit_rlhf.data.tokenise import Settings
 class PairwiseDataModule(L.LightningDataModule):
     """Comparisons: each row is one prompt, its responses (each stored and computed once) and the pairs among them.
 
-    Rows: prompt + chosen + rejected, with `margin` and `target` (probability that chosen is better) where there; chosen + rejected that share
-    their beginning (HH-RLHF); OpenAI's info + summaries + choice; ratings: prompt + responses + scores, of which every pair is taken.
+    Rows: prompt + chosen + rejected, with `margin` and `target` (probability that chosen is better) where there; chosen + rejected that
+    share their beginning (HH-RLHF); OpenAI's info + summaries + choice; ratings: prompt + responses + scores, of which every pair is taken.
 
     Args:
         data: hub name, https URL, file or folder (json, jsonl, csv, parquet, also gzipped; arrow), Dataset, DatasetDict or list of rows.
@@ -113,24 +113,25 @@ class PairwiseDataModule(L.LightningDataModule):
         return collate(self.tables[split].fetch(positions))
 
     def train_dataloader(self) -> StepLoader:
-        """Batches whose `count` is the step's number of pairs, or of prompts where the module says `loss_unit = "prompts"`."""
+        """Batches whose `count` is the step's number of pairs, or of prompts where the module's `count_by` is "prompts"."""
         self._loader = train_loader(self, *self._sizes("train"), partial(self.batch, "train"))
         self._loader.load_state_dict(self._resume)
         self._resume = {}
         return self._loader
 
-    def reference_dataloader(self) -> StepLoader:
-        """Batches of prompts with one reference response each, in order, this rank's share; `count` is the number of responses."""
+    def reference_batches(self, rows: int) -> StepLoader:
+        """This rank's share of `rows` prompts with one reference response each, drawn by the seed; every rank gets as many batches."""
         table = self.extra.get("references", self.tables.get("train"))
         if table is None:
             raise ValueError("no reference responses: give references, or set up the training rows (stage fit)")
+        drawn = table.take(np.sort(permutation(len(table), run_seed(), 3)[:rows]))
 
         def batch(positions: list[int]) -> Batch:
-            rows = table.fetch(positions)
-            best = [row["pairs"][0][0] if row["pairs"] else 0 for row in rows]
-            return collate([row | {"responses": [row["responses"][i]], "pairs": []} for i, row in zip(best, rows, strict=True)])
+            found = drawn.fetch(positions)
+            best = [row["pairs"][0][0] if row["pairs"] else 0 for row in found]
+            return collate([row | {"responses": [row["responses"][i]], "pairs": []} for i, row in zip(best, found, strict=True)])
 
-        return eval_loader(self, table.prompt_tokens + table.longest, np.ones(len(table)), batch)
+        return eval_loader(self, drawn.prompt_tokens + drawn.longest, np.ones(len(drawn)), batch)
 
     def val_dataloader(self) -> StepLoader | list[Any]:
         """All validation rows in order, or no loader where there are none."""
@@ -150,8 +151,8 @@ class PairwiseDataModule(L.LightningDataModule):
     def _sizes(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each row, and what it adds to the divisor of the loss."""
         table = self.tables[split]
-        unit = getattr(getattr(self.trainer, "lightning_module", None), "loss_unit", "pairs")
-        return table.prompt_tokens + table.response_tokens, np.ones(len(table)) if unit == "prompts" else table.pairs
+        count_by = getattr(getattr(self.trainer, "lightning_module", None), "count_by", "pairs")
+        return table.prompt_tokens + table.response_tokens, np.ones(len(table)) if count_by == "prompts" else table.pairs
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training rows."""

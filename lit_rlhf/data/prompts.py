@@ -18,11 +18,11 @@ from lit_rlhf.data.tokenise import Settings
 class PromptDataModule(L.LightningDataModule):
     """Prompts that PPO samples responses to, and held-out ones to validate on.
 
-    Rows: prompt alone (text or messages), or any rows that SFTDataModule and PairwiseDataModule take: their label, or preferred response, is
-    then the "reference" column. Without data, responses are generated from the BOS token.
+    Rows: prompt alone (text or messages), or any rows that SFTDataModule and PairwiseDataModule take: their label, or preferred response,
+    is then the "reference" column. Without data, responses are generated from the BOS token.
 
     Args:
-        data: None, or hub name, https URL, file or folder (json, jsonl, csv, parquet, also gzipped; arrow), Dataset, DatasetDict or list of rows.
+        data: hub name, https URL, file or folder (json, jsonl, csv, parquet, also gzipped; arrow), Dataset, DatasetDict or list; or None.
         val_data: the same, for validation; without it a split of `data`, else `val_fraction` of its prompts.
         test_data: the same, for test and predict; without it the "test" split of `data`.
         name: the hub data set's configuration.

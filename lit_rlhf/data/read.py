@@ -29,7 +29,7 @@ def suffix_of(name: str) -> str:
 
 
 def read_file(path: str | Path, name: str | None = None) -> Iterator[Row]:
-    """The rows of one file, each with "FILE:LINE" (text formats) or "FILE[index]"; `name` is what the file is called in messages and gives its type."""
+    """The rows of one file, each with "FILE:LINE" (text formats) or "FILE[index]"; `name`, if given, replaces the path in these."""
     name = name or str(path)
     suffix = suffix_of(name)
     if suffix == ".parquet":

@@ -95,7 +95,7 @@ def _from_url(url: str) -> Part:
 
 
 def _from_folder(path: Path) -> dict[str, Part]:
-    """A folder that save_to_disk wrote, or one of data files whose names say their split (train.jsonl, data/valid-0.parquet, tldr_train.jsonl.gz)."""
+    """A folder that save_to_disk wrote, or one of files whose names say their split: train.jsonl, data/valid-0.parquet, tldr_train.csv."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return open_source(datasets.load_from_disk(str(path)))
     files = sorted(f for f in path.rglob("*") if f.is_file() and suffix_of(f.name) and not f.name.startswith((".", "dataset_info")))

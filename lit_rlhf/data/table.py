@@ -171,7 +171,8 @@ def load_tables(
 ) -> dict[str, Table]:
     """The wanted ones of "train", "val" and "test", as far as they exist.
 
-    Without a validation source, `val_fraction` of the prompts (by a permutation that depends on the seed alone) is held out of the training split with all their rows.
+    Without a validation source, `val_fraction` of the prompts, by a permutation that depends on the seed alone, is held out of the training
+    split with all their rows.
     """
     parts = open_source(sources.data, name=sources.name, revision=sources.revision)
     label = _label(sources.data)

@@ -71,9 +71,9 @@ def cut_points(post: str) -> list[int]:
 def truncate_post(prompt: Post, count: Callable[[Sequence[str]], list[int]], max_tokens: int) -> Post | None:
     """The longest cut of the post with which the prompt has at most `max_tokens` tokens, or None where even an empty post has more.
 
-    `count` gives the number of tokens of each text. The rule is OpenAI's (tasks.py, process_query): drop what follows the last newline, and without
-    a newline drop one character, until it fits. The first fit is found by bisection, since the number of tokens falls with the length but
-    for the few tokens at the cut; the `WINDOW` longer candidates are then looked at too, so that the result is that of trying them one by one.
+    `count` gives the number of tokens of each text. The rule is OpenAI's (tasks.py, process_query): drop what follows the last newline, and
+    without a newline drop one character, until it fits. The first fit is found by bisection, since the number of tokens falls with the
+    length but for the few tokens at the cut; the next longer `WINDOW` candidates are then tried too, so that the result is OpenAI's.
     """
     if count([prompt.text])[0] <= max_tokens:
         return prompt

@@ -32,6 +32,7 @@ class Settings:
     response_token_bounds: tuple[int, int] | None = None
     ties: Literal["half", "drop"] = "half"
     prompts_only: bool = False
+    new_tokens: int = 1  # what will be generated after each prompt
     context_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ FEATURES = datasets.Features(
 
 
 class Encoder:
-    """The tokenizer as the data sees it: texts to ids, BOS in front of prompts where the tokenizer itself would put it, EOS after responses."""
+    """Texts to ids: BOS in front of prompts where the tokenizer itself would put it, EOS after responses."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -205,12 +206,11 @@ def _row(draft: Draft, prompt_ids: list[int], answers: list[list[int]], encoder:
     if most is not None and any(len(ids) > most for ids in answers):
         return _dropped(f"response of more than {most} tokens")
     prompt, ids = _fit(draft, encoder.prompt(prompt_ids), encoder, settings)
-    total, context = len(ids) + max(map(len, answers), default=1), settings.context_length
+    total, context = len(ids) + max(map(len, answers), default=settings.new_tokens), settings.context_length
     if context is not None and total > context:
-        what = f"prompt and response have {len(ids)} + {total - len(ids)} tokens" if answers else f"the prompt has {len(ids)} tokens"
-        raise BadRow(
-            "beyond context", where, f"{what}, and the model's context is {context}: lower max_prompt_tokens or max_response_tokens"
-        )
+        what = f"prompt and response have {len(ids)} + {total - len(ids)} tokens"
+        new = "max_response_tokens" if answers else "the number of new tokens"
+        raise BadRow("beyond context", where, f"{what}, and the model's context is {context}: lower max_prompt_tokens, or {new}")
     pairs, target, margin = _pairs(draft, settings)
     if example.pairs and not pairs:
         return _dropped("equal responses or scores")
