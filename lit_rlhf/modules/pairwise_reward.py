@@ -51,7 +51,7 @@ class PairwiseReward(L.LightningModule):
         peft: Any = None,
         frozen_layers: int = 0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
-        scheduler: LRSchedule = Schedule("cosine"),  # noqa: B008
+        scheduler: Schedule | LRSchedule = Schedule("cosine"),  # noqa: B008
     ) -> None:
         super().__init__()
         record(self)

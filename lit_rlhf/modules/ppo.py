@@ -67,7 +67,7 @@ class PPO(L.LightningModule):
         model: str,
         *,
         reward_model: str | None = None,
-        reward_fn: Any = None,
+        reward_fn: Callable[..., Any] | None = None,
         value_init: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
         batch_size: int = 512,
@@ -99,7 +99,7 @@ class PPO(L.LightningModule):
         peft: Any = None,
         frozen_layers: int = 0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
-        scheduler: LRSchedule = Schedule("linear"),  # noqa: B008
+        scheduler: Schedule | LRSchedule = Schedule("linear"),  # noqa: B008
     ) -> None:
         super().__init__()
         self.sampling = as_sampling(sampling)
