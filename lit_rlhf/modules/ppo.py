@@ -5,6 +5,7 @@ intervals are the Trainer's. The rollout happens in `on_train_batch_start` when 
 (`iteration`, `position`) say where an iteration stands, never Lightning's.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
