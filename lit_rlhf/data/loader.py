@@ -43,9 +43,9 @@ class StepLoader:
 
     `lengths`, `counts` (one per row): tokens, and what the row adds to the loss divisor. `batch_size` is the number of rows of one
     optimiser step over all ranks and micro-batches; its rows are split over those by tokens, and every Batch carries `count`, the sum
-    of the whole step. A short last step stays, unless it has fewer rows than parts: then its rows join the step before. `epoch` is the first
+    of the whole step. A short last step stays, unless it has fewer rows than parts: then they join the step before. `epoch` is the first
     epoch's number; `limit` the number of micro-batches after which the Trainer ends an epoch (limit_train_batches), needed to resume from
-    there. ValueError where there are too few rows to give each rank and micro-batch one. Lightning adds no sampler to it.
+    there. ValueError where there are too few rows to give each rank and micro-batch one. Lightning adds no sampler.
     """
 
     def __init__(

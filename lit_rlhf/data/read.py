@@ -79,13 +79,14 @@ def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, str | BadRow
 
 def _read_json(file: IO[bytes], name: str) -> Iterator[Row]:
     """One object a line, or one array of objects."""
-    lines = _lines(file, name)
+    lines, first = _lines(file, name), True
     for where, line in lines:
         if isinstance(line, str) and not line.strip():
             continue
-        if isinstance(line, str) and line.lstrip().startswith("["):
+        if first and isinstance(line, str) and line.lstrip().startswith("["):
             yield from _read_array(line, lines, name, int(where.rsplit(":", 1)[1]))
             return
+        first = False
         yield where, line if isinstance(line, BadRow) else _parse_line(line, where)
 
 
@@ -125,6 +126,8 @@ def _read_array(first: str, rest: Iterable[tuple[str, str | BadRow]], name: str,
             row, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise BadRow("not JSON", f"{name}:{start - 1 + error.lineno}", f"not valid JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise BadRow("not JSON", f"{name}:{line}", "not valid JSON: too deeply nested") from None
         yield f"{name}:{line}", _as_row(row, f"{name}:{line}")
 
 

@@ -6,9 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = 128, 129, 130
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +16,11 @@ def own_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def make_chars(with_bos: bool = False) -> PreTrainedTokenizerFast:
+def _chars(with_bos: bool = False) -> PreTrainedTokenizerFast:
     """One token per character, whose id is the character's code; <bos> 128, <eos> 129, <pad> 130; anything beyond ASCII is <unk> 131."""
-    backend = Tokenizer(models.WordLevel({chr(i): i for i in range(128)} | {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "<unk>": 131}, "<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({chr(i): i for i in range(128)} | {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "<unk>": 131}, "<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     if with_bos:
@@ -34,12 +34,12 @@ def make_chars(with_bos: bool = False) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def chars():
-    return make_chars()
+    return _chars()
 
 
 @pytest.fixture
 def chars_bos():
-    return make_chars(with_bos=True)
+    return _chars(with_bos=True)
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +54,3 @@ def bpe():
     text = "SUBREDDIT: r/cats\n\nTITLE: my cat eats the mat\n\nPOST: the cat that sat on the mat ate that hat\nand then it slept\n\nTL;DR:"
     backend.train_from_iterator([text] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-
-
-def codes(text: str) -> list[int]:
-    """The ids that `chars` gives."""
-    return [ord(c) for c in text]
-
-
-def rows_of(ids, mask) -> list[list[int]]:
-    """Padded ids as lists."""
-    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]

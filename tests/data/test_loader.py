@@ -61,9 +61,7 @@ def test_ranks_and_micro_batches_share_out_the_rows_of_a_step(world, accumulate)
     lengths = [3, 50, 7, 7, 20, 1, 9, 30, 2, 8, 4, 6, 5]
     counts = [float(n) for n in range(13)]
     one = loader(lengths, counts=counts, batch_size=5, shuffle=True)
-    parts = [
-        loader(lengths, counts=counts, batch_size=5, shuffle=True, rank=r, world=world, accumulate=accumulate) for r in range(world)
-    ]
+    parts = [loader(lengths, counts=counts, batch_size=5, shuffle=True, rank=r, world=world, accumulate=accumulate) for r in range(world)]
     assert {len(p) for p in parts} == {len(one) * accumulate - (accumulate * world == 4) * accumulate}  # 3 rows are too few for 4 parts
     whole = [(sorted(batch.columns["row"]), batch.count) for batch in one]
     if accumulate * world == 4:  # so they join the step before
@@ -119,7 +117,9 @@ def test_abandoned_epoch_is_over():
 def test_resume_with_other_rows_or_batches():
     first = loader([1] * 12, batch_size=4)
     next(iter(first))
-    with pytest.raises(ValueError, match=r"from the middle of epoch 0 \(batch 1\), and rows was 12 and is 11, batch_size was 4 and is 2: resume"):
+    with pytest.raises(
+        ValueError, match=r"from the middle of epoch 0 \(batch 1\), and rows was 12 and is 11, batch_size was 4 and is 2: resume"
+    ):
         loader([1] * 11, batch_size=2).load_state_dict(first.state_dict())
     halves = loader([1] * 12, batch_size=4, accumulate=2)  # more micro-batches change nothing but the rounding
     halves.load_state_dict(first.state_dict())

@@ -90,7 +90,12 @@ def test_splits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("train.jsonl", "valid.jsonl"), ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"), ("my_train.jsonl", "my_val.jsonl")]
+    "names",
+    [
+        ("train.jsonl", "valid.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
+        ("my_train.jsonl", "my_val.jsonl"),
+    ],
 )
 def test_folder_of_files(tmp_path, names):
     for name, data in zip(names, (ROWS, ROWS[:1]), strict=True):
