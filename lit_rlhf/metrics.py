@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import torch
-from rouge_score import rouge_scorer
+from rouge_score import rouge_scorer  # type: ignore[import-untyped]
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -47,15 +47,12 @@ class Rouge(Metric):
     ) -> None:
         super().__init__()
         self.keys, self.default_tokenizer = list(keys), tokenizer == "default"
-        if tokenizer == "default":
-            tokenizer = None
-        elif tokenizer == "characters":
-            tokenizer = SimpleNamespace(tokenize=characters)
-        elif isinstance(tokenizer, str):
-            raise ValueError(f"tokenizer is {tokenizer!r}: give 'default', 'characters', a function or an object with tokenize(text)")
-        elif not hasattr(tokenizer, "tokenize"):
-            tokenizer = SimpleNamespace(tokenize=tokenizer)
-        self.scorer = rouge_scorer.RougeScorer(self.keys, use_stemmer=use_stemmer, tokenizer=tokenizer)
+        if tokenizer == "characters":
+            tokenizer = characters
+        if isinstance(tokenizer, str) and tokenizer != "default":
+            raise ValueError(f"tokenizer is {tokenizer!r}; give 'default', 'characters', a function or an object with tokenize(text)")
+        own = None if tokenizer == "default" else tokenizer if hasattr(tokenizer, "tokenize") else SimpleNamespace(tokenize=tokenizer)
+        self.scorer = rouge_scorer.RougeScorer(self.keys, use_stemmer=use_stemmer, tokenizer=own)
         self.add_state("sums", torch.zeros(len(self.keys)), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -77,9 +74,9 @@ class Rouge(Metric):
         self.count += len(predictions)
 
     def compute(self) -> dict[str, Tensor]:
-        """{key: mean F-measure} and rouge_mean, over all ranks. Errors: ValueError before the first text."""
+        """{key: mean F-measure} and rouge_mean, over all ranks; {} where no rank had a text. All ranks must call it."""
         if self.count == 0:
-            raise ValueError("Rouge.compute before any text was given to update")
+            return {}
         means = self.sums / self.count
         return dict(zip(self.keys, means, strict=True)) | {"rouge_mean": means.mean()}
 
@@ -134,10 +131,10 @@ class PairAccuracy(Metric):
     def compute(self) -> dict[str, Tensor]:
         """{"accuracy", "pairs", "accuracy/<column>/<value>", "pairs/<column>/<value>"} over all ranks: shares of 1 and numbers of pairs.
 
-        Errors: ValueError before the first pair.
+        {} where no rank had a pair. All ranks must call it.
         """
         if self.total == 0:
-            raise ValueError("PairAccuracy.compute before any pair was given to update")
+            return {}
         hits, sizes = Counter[str](), Counter[str]()
         for name, right, size in self._groups():
             hits[name] += right

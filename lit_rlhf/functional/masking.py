@@ -1,7 +1,5 @@
 """Means, whitening and positions under a mask. A mask is bool and True = counts."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -31,25 +29,18 @@ def masked_mean(x: Tensor, mask: Tensor, *, count: float | None = None) -> Tenso
     return torch.where(mask, x.float(), 0.0).sum() / divisor(mask.sum() if count is None else 0, count)
 
 
-def whiten(
-    x: Tensor, mask: Tensor, keep_mean: bool = False, unbiased: bool = False, *, all_sum: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False, unbiased: bool = False) -> Tensor:
     """(x - mu) * rsqrt(var + 1e-8), plus mu when the mean is kept; mu and var are over the mask, and the result is 0 outside it.
 
     Shapes: x and mask equal, any; result float32.
     keep_mean: True leaves the mean where it was and only scales the spread; False leaves a mean of 0.
     unbiased: divide the variance by n - 1; False (by n) as SFD ppo.py and Ziegler et al. do, TRL's default is True.
-    all_sum: sums a tensor over the ranks, so that mu and var are those of all ranks; None = this process alone.
-    Errors: ValueError when the mask (of all ranks) holds nothing, or one entry with unbiased.
+    Errors: ValueError when the mask holds nothing, or one entry with unbiased.
     """
-    total = all_sum or (lambda t: t)
-    x = torch.where(mask, x.float(), 0.0)
-    first = total(torch.stack([x.sum(), mask.sum().float()]))
-    n = divisor(first[1], None)
-    mean = first[0] / n
-    centred = torch.where(mask, x - mean, 0.0)
-    var = total(centred.square().sum()) / divisor(int(n) - 1 if unbiased else int(n), None)
-    return torch.where(mask, centred * torch.rsqrt(var + EPSILON) + (mean if keep_mean else 0.0), 0.0)
+    n = int(mask.sum())
+    mean = masked_mean(x, mask)
+    var = masked_mean((x.float() - mean).square(), mask, count=n - 1 if unbiased else n)
+    return torch.where(mask, (x.float() - mean) * torch.rsqrt(var + EPSILON) + (mean if keep_mean else 0.0), 0.0)
 
 
 def last_index(mask: Tensor) -> Tensor:
