@@ -2,17 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
-class JSONLWriter(BasePredictionWriter):
+class JSONLWriter(Callback):
     """Writes every dict of `predict_step`'s lists to `path` (default: predictions.jsonl in `trainer.default_root_dir`).
 
     The lines stand in the order of the data set, by the batch's column "row"; without it in the order of batches and ranks.
@@ -20,27 +19,18 @@ class JSONLWriter(BasePredictionWriter):
     """
 
     def __init__(self, path: str | None = None) -> None:
-        super().__init__(write_interval="batch")
         self.path = path
         self.lines: list[tuple[tuple[int, ...], str]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lines = []
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        columns = getattr(batch, "columns", {})
-        rows = columns.get("row", [])
-        for i, item in enumerate(prediction or []):
-            row = item.get("row", rows[i] if len(rows) == len(prediction) else None)
+        rows = _rows(batch, len(outputs))
+        for i, item in enumerate(outputs):
+            row = item.get("row", rows[i] if rows else None)
             place = (batch_idx, trainer.global_rank, i) if row is None else (int(row), i)
             line = {key: value for key, value in item.items() if key != "row"}
             self.lines.append(((dataloader_idx, *place), json.dumps(line, ensure_ascii=False, default=_plain)))
@@ -59,6 +49,14 @@ class JSONLWriter(BasePredictionWriter):
         temporary.write_text("".join(text + "\n" for _, text in lines), encoding="utf-8", errors="replace")
         os.replace(temporary, path)
         rank_zero_info(f"wrote {len(lines)} lines to {path}")
+
+
+def _rows(batch: Any, count: int) -> list[int]:
+    """The row of the data set for each of `count` predictions, one per prompt or one per response; [] where the batch does not say."""
+    rows = getattr(batch, "columns", {}).get("row", [])
+    if rows and count == batch.num_responses != len(rows):
+        return [rows[m] for m in batch.prompt_of.tolist()]
+    return rows if len(rows) == count else []
 
 
 def _plain(value: Any) -> Any:

@@ -47,6 +47,16 @@ def test_the_column_row_gives_the_order_of_the_data_set(scripted, tmp_path):
     assert lines(path) == [{"prompt": p, "score": 0.5} for p in "abcd"]
 
 
+def test_two_responses_of_a_prompt_stand_together(scripted, tmp_path):
+    class Scores(scripted):
+        def predict_step(self, batch, batch_idx):
+            return [{"response": r} for r in ("b1", "b2", "a1", "a2")]
+
+    batch = Batch.of([[1], [1]], [[2], [3], [4], [5]], prompt_of=[0, 0, 1, 1], columns={"prompt": ["b", "a"], "row": [1, 0]})
+    predict(Scores([]), torch.utils.data.DataLoader([batch], batch_size=None), tmp_path, JSONLWriter())
+    assert [line["response"] for line in lines(tmp_path / "predictions.jsonl")] == ["a1", "a2", "b1", "b2"]
+
+
 def test_two_ranks_write_one_file(scripted, tmp_path):
     loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=1)
     module = Numbered([])

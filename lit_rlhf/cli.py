@@ -1,0 +1,138 @@
+"""The command line: LightningCLI in subclass mode, with one-line errors, a predictions file and exit code 143 on SIGTERM.
+
+    lit-rlhf fit|validate|test|predict --config FILE [--config OVERLAY ...] [--model.kl_coef 0.1 ...] [--debug]
+    lit-rlhf quickstart
+
+Exit codes: 0 done, 1 failed while running, 2 refused before anything was loaded, 143 stopped by SIGTERM.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+import lit_rlhf.callbacks
+import lit_rlhf.data
+import lit_rlhf.modules  # with the other two: YAML may then say `class_path: PPO` without a path
+from lit_rlhf.callbacks import JSONLWriter, LeanProgressBar
+from lit_rlhf.cli_errors import one_line, parameter_names
+from lit_rlhf.generation import Sampling
+from lit_rlhf.optim import Schedule
+
+PACKAGE = Path(__file__).parent
+SIGTERM_EXIT = 143  # 128 + 15: a scheduler must not take a stopped run for a finished one, as Lightning's exit code 0 says
+DESCRIPTION = (
+    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world; the other commands take YAML files "
+    "(--config, repeated for overlays) and any key of them as an option. --debug (or LIT_RLHF_DEBUG=1) shows tracebacks."
+)
+
+
+def config_dir() -> Path:
+    """The folder with the shipped YAML files: configs/ of a checkout, or the copy inside an installed package."""
+    return next((folder for folder in (PACKAGE.parent / "configs", PACKAGE / "_configs") if folder.is_dir()), PACKAGE / "_configs")
+
+
+class Refused(Exception):
+    """A configuration that cannot run, with the one line that says why."""
+
+
+class Parser(LightningArgumentParser):
+    """LightningArgumentParser that takes no abbreviated keys and raises its errors instead of printing its usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise Refused(message) from ex
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose command line and YAML always win, and whose `predict` always leaves a file."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without the warning that both `args` and sys.argv are there
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing, where Lightning puts the checkpoint's values over the user's (a private name, pinned by a test)."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds, unless the user's `trainer.callbacks` has one of its kind: the lean progress bar, and JSONLWriter for `predict`."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = given["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(LeanProgressBar())
+        if self.subcommand == "predict" and not any(isinstance(c, JSONLWriter) for c in callbacks):
+            callbacks.append(JSONLWriter())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves the run to `main`, which reports errors of setting up and of running differently."""
+
+    def run(self) -> None:
+        """Runs the subcommand that was parsed."""
+        super()._run_subcommand(str(self.subcommand))
+
+
+def build(args: Sequence[str], cli_class: type[CLI] = CLI) -> CLI:
+    """Parses `args` and makes Trainer, module and DataModule without running anything; raises Refused or the constructors' errors."""
+    return cli_class(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},  # a requeued job starts in the same log directory
+        parser_class=Parser,
+        parser_kwargs={"description": DESCRIPTION, "prog": "lit-rlhf"},
+        auto_configure_optimizers=False,  # optimisers are arguments of the modules
+        args=list(args),
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line `args` (sys.argv[1:] if None) and returns its exit code; a traceback only with --debug."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args or os.environ.get("LIT_RLHF_DEBUG", "0") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["quickstart"]:
+        from lit_rlhf.quickstart.run import main as quickstart
+
+        return quickstart(args[1:]) or 0
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())  # advertisements
+    try:
+        cli = build(args)
+    except Exception as error:
+        names = parameter_names(Trainer, Sampling, Schedule, lit_rlhf.modules, lit_rlhf.data, lit_rlhf.callbacks)
+        return report(one_line(error, args, names), error, debug, code=2)
+    try:
+        cli.run()
+    except SIGTERMException:
+        return SIGTERM_EXIT
+    except Exception as error:
+        if not (raised_here(error) or isinstance(error, MisconfigurationException)):
+            raise
+        return report(one_line(error), error, debug, code=1)
+    return SIGTERM_EXIT if cli.trainer.received_sigterm else 0
+
+
+def report(line: str, error: BaseException, debug: bool, code: int) -> int:
+    """Prints the traceback (debug) and the one line to stderr; returns `code`."""
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"lit-rlhf: error: {line}\n")
+    return code
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether a `raise` statement of lit_rlhf raised `error`, so that its message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise")
