@@ -1,1 +1,33 @@
-"""RLHF on PyTorch Lightning."""
+"""lit_rlhf: learning from human feedback on PyTorch Lightning.
+
+Names are loaded when they are first used, so that `import lit_rlhf` and the command line's first error are quick.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SFT": "modules",
+    "PairwiseReward": "modules",
+    "PPO": "modules",
+    "SFTDataModule": "data",
+    "PairwiseDataModule": "data",
+    "PromptDataModule": "data",
+    "Sampling": "generation",
+    "Batch": "batch",
+    "Schedule": "optim",
+    "ExportHF": "callbacks",
+    "SampleTable": "callbacks",
+    "JSONLWriter": "callbacks",
+    "PipelineReward": "scoring",
+    "train": "train",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lit_rlhf.{_HOME[name]}"), name)

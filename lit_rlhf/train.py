@@ -1,0 +1,70 @@
+"""train(): PPO in one call, the form that trlX's users know."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import lightning as L
+
+from lit_rlhf.data import PromptDataModule
+from lit_rlhf.modules import PPO
+
+
+def train(
+    model: str,
+    reward_fn: Callable[..., Sequence[float]],
+    prompts: Any = None,
+    *,
+    eval_prompts: Any = None,
+    iterations: int = 100,
+    settings: Mapping[str, Any] | None = None,
+    trainer: L.Trainer | None = None,
+) -> PPO:
+    """Optimises `model` (a directory or hub name) against `reward_fn` with PPO and returns the trained module.
+
+    Args:
+        reward_fn: `reward_fn(prompts, responses, **columns)` or trlX's `reward_fn(samples)` (samples are prompt + response); one number each.
+        prompts: texts, rows with a "prompt", or whatever `PromptDataModule` reads; None generates from nothing (BOS).
+        eval_prompts: the same, for validation.
+        iterations: PPO iterations, each with `settings["batch_size"]` responses; unused where `trainer` is given.
+        settings: arguments of `PPO`, e.g. {"batch_size": 64, "kl_coef": 0.1}.
+        trainer: a Lightning Trainer to use instead of the default one.
+
+    The policy is `train(...).policy`; `.policy.save("dir")` writes a Hugging Face directory.
+    """
+    module = PPO(model, reward_fn=with_samples(reward_fn), **(settings or {}))
+    data = PromptDataModule(as_rows(prompts), val_data=as_rows(eval_prompts))
+    trainer = trainer or L.Trainer(max_epochs=iterations, log_every_n_steps=module.steps_per_iteration)
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+def as_rows(prompts: Any) -> Any:
+    """A list of texts as rows with a prompt; anything else as it is."""
+    if isinstance(prompts, list | tuple) and prompts and all(isinstance(p, str) for p in prompts):
+        return [{"prompt": p} for p in prompts]
+    return prompts
+
+
+def with_samples(reward_fn: Callable[..., Sequence[float]]) -> Callable[..., Sequence[float]]:
+    """Makes trlX's reward_fn(samples, ...) one that is called with prompts and responses; others are returned as they are."""
+    try:
+        parameters = list(inspect.signature(reward_fn).parameters.values())
+    except ValueError:
+        return reward_fn
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not parameters or parameters[0].name != "samples":
+        return reward_fn if len(required) != 1 else _on_samples(reward_fn, {})
+    return _on_samples(reward_fn, {p.name for p in parameters[1:]} | ({"**"} if parameters[-1].kind is parameters[-1].VAR_KEYWORD else set()))
+
+
+def _on_samples(reward_fn: Callable[..., Sequence[float]], names: Any) -> Callable[..., Sequence[float]]:
+    @wraps(reward_fn)
+    def on_samples(prompts: list[str], responses: list[str]) -> Sequence[float]:
+        more = {"prompts": prompts, "outputs": responses}
+        given = more if "**" in names else {name: value for name, value in more.items() if name in names}
+        return reward_fn([p + r for p, r in zip(prompts, responses, strict=True)], **given)
+
+    on_samples.__signature__ = inspect.signature(lambda prompts, responses: None)  # type: ignore[attr-defined]
+    return on_samples
