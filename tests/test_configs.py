@@ -113,7 +113,8 @@ def test_ppo_checkpoints_and_steps_fit_its_iterations(name):
 
 
 def test_papers_settings():
-    # Huang et al. 2024: learning rate 3e-6, AdamW eps 1e-5, batches 128 / 64 / 512, KL coefficient 0.05, 53 tokens at 0.7, 4 epochs of 1 minibatch
+    # Huang et al. 2024: learning rate 3e-6, AdamW eps 1e-5, batches 128 / 64 / 512, KL coefficient 0.05, 53 tokens at 0.7, 4 epochs
+    # of 1 minibatch, one million episodes
     sft, reward, ppo = (parse(f"tldr/{stage}.yaml") for stage in ("sft", "reward", "ppo"))
     for config, shape in ((sft, "cosine"), (reward, "cosine"), (ppo, "linear")):
         optimizer = config.model.init_args.optimizer
