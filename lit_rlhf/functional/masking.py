@@ -12,7 +12,7 @@ def divisor(local: int | Tensor, count: float | None) -> float:
     Errors: ValueError when the divisor would be zero or less, for a mean over nothing is a bug upstream.
     """
     chosen = float(local if count is None else count)
-    if chosen <= 0:
+    if not chosen > 0:
         where = "the mask (or the batch) is empty" if count is None else "count= is the number over the whole optimiser step"
         raise ValueError(f"a mean over {chosen:g} entries: {where}; pass a batch with at least one entry that counts")
     return chosen
