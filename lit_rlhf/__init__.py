@@ -22,7 +22,7 @@ _HOME = {
     "SampleTable": "callbacks",
     "JSONLWriter": "callbacks",
     "PipelineReward": "scoring",
-    "train": "train",
+    "train": "api",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
