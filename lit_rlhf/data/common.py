@@ -42,7 +42,7 @@ def prepare(module: Any, stage: str | None, schemas: tuple[Schema, ...]) -> tupl
     if settings.prompts_only:
         sampling = getattr(getattr(module.trainer, "lightning_module", None), "sampling", None)
         settings = replace(settings, new_tokens=getattr(sampling, "max_new_tokens", 1))
-    made_for = (encoder.fingerprint(), settings)
+    made_for = (encoder.fingerprint, settings)
     have = module.tables if getattr(module, "_made_for", made_for) == made_for else {}
     module._made_for = made_for
     wanted = WANTED.get(str(getattr(stage, "value", stage)), {"train", "val", "test"})
@@ -58,7 +58,10 @@ def prepare(module: Any, stage: str | None, schemas: tuple[Schema, ...]) -> tupl
 def extra_table(module: Any, data: Any, schemas: tuple[Schema, ...], argument: str) -> Table:
     """Prompts with responses from a second source, under the DataModule's settings; its "train" split where it has splits."""
     part = pick(open_source(data, name=None), "train", argument, argument)
-    table = build_table(part, schemas, replace(module.settings, columns=None, prompts_only=False), module.encoder)
+    encoder, context = encoder_of(module.trainer, module.tokenizer)
+    settings = replace(module.settings, columns=None, prompts_only=False, context_length=context)
+    table = build_table(part, schemas, settings, encoder)
+    module.summary[argument] = table.summary()
     report(summarise({argument: table}), getattr(module.trainer, "loggers", ()))
     return table
 

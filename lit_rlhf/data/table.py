@@ -105,7 +105,7 @@ def build_table(part: Part, schemas: tuple[Schema, ...], settings: Settings, enc
         part.content(),
         [list(map(str, s.columns)) for s in schemas],
         asdict(settings),
-        encoder.fingerprint(),
+        encoder.fingerprint,
         limit,
     ]
     fingerprint = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -174,40 +174,37 @@ def load_tables(
     Without a validation source, `val_fraction` of the prompts, by a permutation that depends on the seed alone, is held out of the training
     split with all their rows.
     """
-    parts = open_source(sources.data, name=sources.name, revision=sources.revision)
-    label = _label(sources.data)
-    train = pick(parts, sources.train_split, label, "train_split")
-    used = next((split for split, part in parts.items() if part is train), None)
+    parts = _parts(sources)
+    limits = {"train": sources.limit_train_rows, "val": sources.limit_val_rows, "test": sources.limit_val_rows}
+    out: dict[str, Table] = {}
+    if sources.val_fraction and "val" not in parts and wanted & {"train", "val"}:
+        out["train"], out["val"] = _hold_out(build_table(parts.pop("train"), schemas, settings, encoder), sources, seed)
+    for split, part in parts.items():
+        if split in wanted:
+            out[split] = build_table(part, schemas, settings, encoder, limits[split])
+    return {split: table for split, table in out.items() if split in wanted}
+
+
+def _parts(sources: Sources) -> dict[str, Part]:
+    """Which split of which source is "train", "val" and "test"; the last two only where there are such."""
+    own = open_source(sources.data, name=sources.name, revision=sources.revision)
+    out = {"train": pick(own, sources.train_split, _label(sources.data), "train_split")}
+    taken = "" if "" in own and sources.train_split not in own else sources.train_split
     if sources.val_data is not None:
-        other = open_source(sources.val_data, name=sources.name, revision=sources.revision)
-        val = other.get("") if sources.val_split is None else None
-        val = (
-            val
-            or pick_val(other, sources.val_split, _label(sources.val_data), "val_split")
-            or pick(other, "validation", _label(sources.val_data), "val_split")
-        )
+        other, label = open_source(sources.val_data, name=sources.name, revision=sources.revision), _label(sources.val_data)
+        val = pick_val(other, sources.val_split, label, "val_split") or pick(other, "validation", label, "val_split")
+    elif sources.val_split is not None or not sources.val_fraction:
+        val = pick_val(own, sources.val_split, _label(sources.data), "val_split", taken)
     else:
-        val = pick_val(parts, sources.val_split, label, "val_split", taken=used) if not sources.val_fraction or sources.val_split else None
+        val = None
+    if val is not None:
+        out["val"] = val
     if sources.test_data is not None:
         other = open_source(sources.test_data, name=sources.name, revision=sources.revision)
-        test: Part | None = pick(other, "test", _label(sources.test_data), "test_data")
-    else:
-        test = parts.get("test") if used != "test" else None
-
-    def build(part: Part, limit: int | None) -> Table:
-        return build_table(part, schemas, settings, encoder, limit)
-
-    out: dict[str, Table] = {}
-    hold_out = val is None and sources.val_fraction > 0
-    if hold_out and wanted & {"train", "val"}:
-        out["train"], out["val"] = _hold_out(build(train, None), sources, seed)
-    elif "train" in wanted:
-        out["train"] = build(train, sources.limit_train_rows)
-    if "val" in wanted and val is not None:
-        out["val"] = build(val, sources.limit_val_rows)
-    if "test" in wanted and test is not None:
-        out["test"] = build(test, sources.limit_val_rows)
-    return {split: table for split, table in out.items() if split in wanted}
+        out["test"] = pick(other, "test", _label(sources.test_data), "test_data")
+    elif "test" in own and taken != "test":
+        out["test"] = own["test"]
+    return out
 
 
 def _label(data: Any) -> str:

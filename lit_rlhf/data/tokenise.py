@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class Encoder:
     """Texts to ids: BOS in front of prompts where the tokenizer itself would put it, EOS after responses."""
 
     def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, so no response could end: set tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
         bos, own = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
@@ -95,6 +98,7 @@ class Encoder:
             ids = ids[:-1]
         return [*ids, self.eos]
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of everything in the tokenizer that decides ids."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

@@ -286,6 +286,12 @@ def test_no_chat_template(bpe):
         SFTDataModule(rows, tokenizer=bpe).setup("fit")
 
 
+def test_no_end_token(chars):
+    chars.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token, so no response could end: set tokenizer.eos_token"):
+        SFTDataModule([{"prompt": "Q", "label": "A"}], tokenizer=chars).setup("fit")
+
+
 def test_no_tokenizer():
     with pytest.raises(ValueError, match="no tokenizer: give tokenizer="):
         SFTDataModule([{"prompt": "Q", "label": "A"}]).setup("fit")

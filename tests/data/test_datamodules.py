@@ -182,6 +182,7 @@ def test_reference_batches(chars):
     assert sum(b.num_prompts for b in module.reference_batches(1)) == 1
     module = PairwiseDataModule(rows, tokenizer=chars, references=[{"prompt": "R", "label": "e"}])
     module.setup("fit")
+    assert module.summary["references"]["rows"] == 1
     (batch,) = module.reference_batches(10)
     assert (batch.prompt_ids.tolist(), batch.response_ids.tolist()) == ([[82]], [[101, EOS]])
 
