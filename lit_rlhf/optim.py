@@ -42,7 +42,7 @@ class Schedule:
         return decayed if self.shape == "constant" else self.final + (1 - self.final) * decayed
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        if self.warmup_steps >= total_steps:
+        if 0 < total_steps <= self.warmup_steps:
             warnings.warn(f"warmup_steps={self.warmup_steps} reaches past the run's {total_steps} optimiser steps", stacklevel=2)
         # A function and not the instance: LambdaLR puts a callable object's attributes into the checkpoint, but no function.
         return LambdaLR(optimizer, lambda step: self.share(step, total_steps))
