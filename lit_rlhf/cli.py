@@ -10,14 +10,17 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from transformers.utils.logging import disable_progress_bar
 
 import lit_rlhf.callbacks
 import lit_rlhf.data
@@ -107,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> int:
         from lit_rlhf.quickstart.run import main as quickstart
 
         return quickstart(args[1:]) or 0
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())  # advertisements
+    quiet()
     try:
         cli = build(args)
     except Exception as error:
@@ -122,6 +125,19 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return report(one_line(error), error, debug, code=1)
     return SIGTERM_EXIT if cli.trainer.received_sigterm else 0
+
+
+def quiet() -> None:
+    """Leaves out what a user can do nothing about: Lightning's advertisements, a warning from inside Lightning, bars in log files."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage()
 
 
 def report(line: str, error: BaseException, debug: bool, code: int) -> int:

@@ -68,9 +68,10 @@ class ExportHF(Callback):
     def export(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Writes the directory from rank 0 (call it on every rank); raises on every rank what went wrong there."""
         networks, failure = pl_module.export_networks(), None
+        weights = {name: network.weights() for name, network in networks.items()}
         if trainer.is_global_zero:
             try:
-                _replace(self.dirpath, networks)
+                _replace(self.dirpath, networks, weights)
             except Exception as error:
                 failure = error
         message = trainer.strategy.broadcast(failure and f"{type(failure).__name__}: {failure}")
@@ -97,14 +98,14 @@ def _is_export(directory: Path) -> bool:
     return all((directory / "config.json").exists() or (entry / "config.json").is_file() for entry in entries)
 
 
-def _replace(directory: Path, networks: dict[str, Any]) -> None:
+def _replace(directory: Path, networks: dict[str, Any], weights: dict[str, Any]) -> None:
     """Saves the networks beside `directory`, then exchanges the two; whatever fails before that leaves `directory` as it was."""
     new, old = _beside(directory, "new"), _beside(directory, "old")
     shutil.rmtree(new, ignore_errors=True)
     try:
         for name, network in networks.items():
             (new / name).mkdir(parents=True, exist_ok=True)
-            network.save(new / name)
+            network.save(new / name, weights[name])
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             directory.rename(old)
