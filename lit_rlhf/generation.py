@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from lit_rlhf.batch import Batch
 from lit_rlhf.functional import token_entropy
 from lit_rlhf.networks import CausalPolicy
+from lit_rlhf.sharding import any_rank
 
 
 @dataclass
@@ -94,12 +95,15 @@ def sample(
         if done.any():
             keep = (~done).nonzero().squeeze(1)
             alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            if len(keep) == 0:
-                break
+        if len(alive) == 0 or t + 1 == width:
+            break
+        if done.any():
             cache.batch_select_indices(keep)
-        if t + 1 < width:
-            mask, position = torch.cat([mask, mask.new_ones(len(alive), 1)], 1), position + 1
-            logits = policy.step(token[:, None], mask, position[:, None], cache)
+        any_rank(policy, True)
+        mask, position = torch.cat([mask, mask.new_ones(len(alive), 1)], 1), position + 1
+        logits = policy.step(token[:, None], mask, position[:, None], cache)
+    while any_rank(policy, False):  # a step of a sharded policy takes all ranks: keep step with those that are not done
+        policy.step(prompt_ids[:1, -1:], mask.new_ones(1, 1), position.new_zeros(1, 1), DynamicCache(config=policy.lm.config))
     longest = int(lengths.max())
     response_mask = torch.arange(longest, device=device) < lengths[:, None]
     owner = torch.arange(num_prompts, device=device).repeat_interleave(num_responses)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lit_rlhf.batch import Batch, pad_cat
 from lit_rlhf.functional import last_index, token_logprobs
 from lit_rlhf.layout import Layout, pack
+from lit_rlhf.sharding import most, whole
 
 
 class CausalPolicy(nn.Module):
@@ -92,9 +93,13 @@ class CausalPolicy(nn.Module):
         """Whether this batch may be packed: the family passed the check and no path is longer than its attention window."""
         return self.packed and fits_window(batch, self.window)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes a plain Hugging Face directory (safetensors, config, generation config, tokenizer), adapters merged."""
-        save_model(self.lm, self.tokenizer, directory)
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights under the plain model's keys, adapters merged; where the network is sharded, all ranks must call it."""
+        return merged_state_dict(self.lm)
+
+    def save(self, directory: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes a plain Hugging Face directory (safetensors, config, generation config, tokenizer) of `weights()`."""
+        save_model(self.lm, self.tokenizer, directory, self.weights() if weights is None else weights)
 
     def _hidden(self, layout: Layout, adapter: bool = True) -> tuple[Tensor, Any]:
         """Final hidden states (B, T, H) and their head; for families whose logits are changed after the head, the logits and the identity."""
@@ -173,10 +178,14 @@ class ScalarModel(nn.Module):
         self.model.config.reward_mean = float(mean)
         self.mean.fill_(mean)
 
-    def save(self, directory: str | Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights under the plain model's keys, adapters merged; where the network is sharded, all ranks must call it."""
+        return merged_state_dict(self.model)
+
+    def save(self, directory: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a plain Hugging Face directory; `reward_mean` rides in its config, and plain transformers gives the raw score."""
         self.model.config.problem_type = "regression"
-        save_model(self.model, self.tokenizer, directory)
+        save_model(self.model, self.tokenizer, directory, self.weights() if weights is None else weights)
 
 
 def score_of(scalars: Tensor, response_mask: Tensor) -> Tensor:
@@ -184,23 +193,24 @@ def score_of(scalars: Tensor, response_mask: Tensor) -> Tensor:
     return scalars.gather(1, last_index(response_mask)[:, None] + 1).squeeze(1)
 
 
-def in_parts(forward: Callable[[Batch], Tensor], batch: Batch, budget: int) -> Tensor:
-    """forward(batch) -> (N, W), run over consecutive prompts of at most `budget` tokens (or one prompt) at a time.
+def in_parts(network: nn.Module, batch: Batch, budget: int, forward: Callable[[Batch], Tensor] | None = None) -> Tensor:
+    """forward(batch) (default: the network's) -> (N, W), run over consecutive prompts of at most `budget` tokens (or one prompt) at a time.
 
-    The responses of a batch must stand in the order of their prompts for parts to share no prompt; any order is right.
+    Where the network is sharded, every rank runs as many parts as the rank with the most.
     """
+    forward = forward or network
     tokens = batch.prompt_mask.sum(1).index_add(0, batch.prompt_of, batch.response_mask.sum(1)).tolist()
     part, total, last = [0] * batch.num_prompts, 0, 0
     for m, n in enumerate(tokens):
         if total and total + n > budget:
             last, total = last + 1, 0
         part[m], total = last, total + n
-    if last == 0:
-        return forward(batch)
     of_row = torch.tensor(part, device=batch.prompt_of.device)[batch.prompt_of]
-    index = [(of_row == i).nonzero().squeeze(1) for i in range(last + 1)]
-    found = pad_cat([forward(batch.select(rows)) for rows in index if len(rows)])
-    return found[torch.cat(index).argsort()]
+    index = [rows for i in range(last + 1) if len(rows := (of_row == i).nonzero().squeeze(1))]
+    found = [forward(batch if len(index) == 1 else batch.select(rows)) for rows in index]
+    for _ in range(most(network, len(index)) - len(index)):
+        forward(batch.select(index[0]))
+    return pad_cat(found)[torch.cat(index).argsort()]
 
 
 # Loading and saving
@@ -343,9 +353,9 @@ def context_length(config: Any) -> int | None:
     return next((n for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, key, None))), None)
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes weights (adapters merged), config, generation config and tokenizer as one plain Hugging Face directory."""
-    weights = merged_state_dict(model)
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Path, weights: dict[str, Tensor]) -> None:
+    """Writes weights, config, generation config and tokenizer as one plain Hugging Face directory."""
+    weights = dict(weights)
     with torch.device("meta"):
         shell = type(model)(model.config)
     shell.generation_config = model.generation_config if model.can_generate() else None
@@ -376,11 +386,11 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict with every adapter added into its layer's weight, under the plain model's keys."""
-    state = {k: v.detach() for k, v in model.state_dict().items()}
+    state = {k: whole(v.detach()) for k, v in model.state_dict().items()}
     if not has_adapter(model):
         return state
     deltas = {
-        name: module.get_delta_weight(module.active_adapters[0]) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
+        name: whole(module.get_delta_weight(module.active_adapters[0])) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
     }
     plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
     return plain | {f"{name}.weight": plain[f"{name}.weight"] + delta.detach().to(plain[f"{name}.weight"].dtype) for name, delta in deltas.items()}

@@ -99,9 +99,9 @@ def collect(
     rollouts = []
     for _, sampled in parts:
         batch, mask = sampled.batch, sampled.batch.response_mask
-        logprobs = in_parts(lambda b: actors.policy(b, temperature=temperature, ban=True)[0], batch, tokens_per_forward)
-        ref = in_parts(lambda b: actors.ref_logprobs(b, temperature), batch, tokens_per_forward)
-        values = torch.zeros_like(ref) if actors.value is None else in_parts(lambda b: actors.value(b)[:, :-1], batch, tokens_per_forward) * mask
+        logprobs = in_parts(actors.policy, batch, tokens_per_forward, lambda b: actors.policy(b, temperature=temperature, ban=True)[0])
+        ref = in_parts(actors.reference or actors.policy, batch, tokens_per_forward, lambda b: actors.ref_logprobs(b, temperature))
+        values = torch.zeros_like(ref) if actors.value is None else in_parts(actors.value, batch, tokens_per_forward)[:, :-1] * mask
         scores = score_texts(actors.scorer, batch, sampled.texts, subtract_reference)
         made = (sampled.finished, logprobs, sampled.logprobs, ref, values, sampled.entropy * mask, scores)
         rollouts.append(Rollout(batch.to("cpu"), sampled.texts, *(x.float().cpu() if x.is_floating_point() else x.cpu() for x in made)))

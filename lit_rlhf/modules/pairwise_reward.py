@@ -15,6 +15,7 @@ from lit_rlhf.metrics import PairAccuracy
 from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed
 from lit_rlhf.networks import ScalarModel, check_source, context_length_of, load_tokenizer, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.sharding import shard
 
 MAX_GROUPS = 50
 
@@ -86,7 +87,8 @@ class PairwiseReward(L.LightningModule):
     def configure_model(self) -> None:
         if self.network is None:
             reseed(0)  # the head is drawn from the run's seed
-            self.network = ScalarModel.load(self.model, head="new", tokenizer=self.tokenizer, **self.source, **self.loading)
+            network = ScalarModel.load(self.model, head="new", tokenizer=self.tokenizer, **self.source, **self.loading)
+            self.network = shard(network, self._trainer)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.network.parameters())}], self.optimizer, self.scheduler)

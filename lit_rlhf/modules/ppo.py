@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -25,6 +26,7 @@ from lit_rlhf.networks import CausalPolicy, ScalarModel, check_source, context_l
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.rollout import Actors, Shaping, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer, check_reward_fn
+from lit_rlhf.sharding import shard
 
 VALIDATION = 0x56414C  # keys of sampling noise that is the same at every validation
 PREDICTION = 0x505245
@@ -194,6 +196,8 @@ class PPO(L.LightningModule):
             raise TypeError("PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number")
         if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
             raise ValueError("limit_train_batches would cut iterations short; shorten a PPO run with max_steps, or with batch_size and ppo_epochs")
+        if isinstance(trainer.strategy, ModelParallelStrategy) and self.num_prompts % trainer.world_size:
+            raise ValueError(f"under a sharded strategy the {self.num_prompts} prompts per iteration must be a multiple of {trainer.world_size} ranks")
         parts = self.minibatches * trainer.accumulate_grad_batches * trainer.world_size
         if self.num_prompts < parts:
             raise ValueError(
@@ -205,17 +209,17 @@ class PPO(L.LightningModule):
         if self.policy is not None:
             return
         loading = self.loading | self.source
-        self.policy = CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading, **self.training_setup)
+        self.policy = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading, **self.training_setup), self._trainer)
         if self.training_setup["peft"] is None:
-            self.reference = CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading).requires_grad_(False)
-        self.value = self._load_value(loading)
+            self.reference = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading).requires_grad_(False), self._trainer)
+        self.value = shard(self._load_value(loading), self._trainer)
         if self.reward_fn is not None:
             self.scorer = FunctionScorer(self.reward_fn)
         else:
             network = ScalarModel.load(self.reward_model, **self.loading, trust_remote_code=self.source["trust_remote_code"])
             if self.reward_baseline != "mean":
                 network.mean.zero_()
-            self.scorer = ModelScorer(network, tokens_per_forward=self.tokens_per_forward)
+            self.scorer = ModelScorer(shard(network.requires_grad_(False), self._trainer), tokens_per_forward=self.tokens_per_forward)
 
     def _load_value(self, loading: dict[str, Any]) -> ScalarModel:
         """The value network; its tokenizer must be the policy's, since it reads the policy's ids."""

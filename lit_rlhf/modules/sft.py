@@ -17,6 +17,7 @@ from lit_rlhf.metrics import Rouge
 from lit_rlhf.modules.common import StepMeter, as_sampling, loss_scale, optimizers, record, reseed
 from lit_rlhf.networks import CausalPolicy, check_source, context_length_of, load_tokenizer
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.sharding import shard
 
 
 class SFT(L.LightningModule):
@@ -88,7 +89,8 @@ class SFT(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = CausalPolicy.load(self.model, tokenizer=self.tokenizer, dropout=self.dropout, **self.loading)
+            network = CausalPolicy.load(self.model, tokenizer=self.tokenizer, dropout=self.dropout, **self.loading)
+            self.policy = shard(network, self._trainer)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.policy.parameters())}], self.optimizer, self.scheduler)
