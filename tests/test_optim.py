@@ -201,17 +201,19 @@ def command_line(tmp_path, monkeypatch):
     """Runs the arguments, the YAML first, and returns (optimizer, lr, eps, schedule) of the module that the command line makes."""
     (tmp_path / "module_of_test_optim.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["test"])
     monkeypatch.delitem(sys.modules, "module_of_test_optim", raising=False)
     module = importlib.import_module("module_of_test_optim")
 
     def run(*args, **model):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
         args = ["--config", str(tmp_path / "config.yaml"), *args]
-        setting = {"run": False, "save_config_callback": None, "auto_configure_optimizers": False}
+        setting = {"run": False, "seed_everything_default": False, "save_config_callback": None, "auto_configure_optimizers": False}
         made = LightningCLI(module.Module, L.LightningDataModule, args=args, **setting).model
         built = made.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        made.scheduler(built, 10)
-        return type(built).__name__, built.param_groups[0]["lr"], built.param_groups[0].get("eps"), made.scheduler
+        group = dict(built.param_groups[0])
+        made.scheduler(built, 10)  # callable as it is
+        return type(built).__name__, group["lr"], group.get("eps"), made.scheduler
 
     return run
 
