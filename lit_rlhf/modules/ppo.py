@@ -5,6 +5,7 @@ intervals are the Trainer's. The rollout happens in `on_train_batch_start` when 
 (`iteration`, `position`) say where an iteration stands, never Lightning's.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -350,7 +351,7 @@ class PPO(L.LightningModule):
         """Samples at the training temperature with noise that is the same at every validation."""
         if batch_idx == 0:
             self.samples = []
-        rows = self._collect_rows(batch, batch_idx, VALIDATION)
+        rows = self._collect_rows(batch, VALIDATION)
         self.samples += rows
         for name, metric in self.val_metrics.items():
             metric.update(torch.tensor([float(row[name]) for row in rows], device=self.device))
@@ -358,11 +359,11 @@ class PPO(L.LightningModule):
         if scored:
             self.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
 
-    def _collect_rows(self, batch: Batch, batch_idx: int, purpose: int) -> list[dict[str, Any]]:
+    def _collect_rows(self, batch: Batch, purpose: int) -> list[dict[str, Any]]:
         actors = Actors(self.policy, self.reference, None, self.scorer)
-        key = (run_seed(), purpose, batch_idx, self.global_rank)
+        rows = [zlib.crc32(prompt.encode()) >> 2 for prompt in batch.columns["prompt"]]  # the noise belongs to the prompt, wherever it stands
         setting = {"subtract_reference": self.reward_baseline == "reference", "tokens_per_forward": self.tokens_per_forward}
-        made = collect(actors, batch, self.sampling, key=key, **setting)
+        made = collect(actors, batch, self.sampling, key=(run_seed(), purpose), rows=rows, **setting)
         mask = made.batch.response_mask
         return response_rows(
             batch.columns,
@@ -381,7 +382,7 @@ class PPO(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, kl, length."""
-        return self._collect_rows(batch, batch_idx, PREDICTION)
+        return self._collect_rows(batch, PREDICTION)
 
     def export_networks(self) -> dict[str, CausalPolicy | ScalarModel]:
         """What ExportHF writes: policy and value network, each in its own directory."""
