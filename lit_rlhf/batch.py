@@ -47,6 +47,8 @@ class Batch:
     """(Q,) float32, probability that the first of the pair is preferred: 1 certain, 0.5 a tie."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The data set's columns, one entry per prompt; always "prompt" (text), and "reference" (text) where it is known."""
+    rows: list[int] | None = None
+    """(M) the prompts' row numbers in the data set, which sampling noise depends on; None: 0..M-1."""
     count: float | None = None
     """The loss divisor: tokens (SFT), pairs or prompts (reward) of the whole optimiser step, over all micro-batches and ranks."""
 
@@ -64,7 +66,9 @@ class Batch:
                 raise ValueError(f"{name} {empty[0]} has no tokens; every {name} needs at least one (BOS or EOS)")
         owner = list(range(len(responses))) if prompt_of is None else list(prompt_of)
         if len(owner) != len(responses) or any(not 0 <= m < len(prompts) for m in owner):
-            raise ValueError(f"prompt_of must name one of the {len(prompts)} prompts for each of the {len(responses)} responses, got {owner}")
+            raise ValueError(
+                f"prompt_of must name one of the {len(prompts)} prompts for each of the {len(responses)} responses, got {owner}"
+            )
         prompt_ids, prompt_mask = pad_ids(prompts)
         response_ids, response_mask = pad_ids(responses)
         return cls(prompt_ids, prompt_mask, response_ids, response_mask, torch.tensor(owner, dtype=torch.long), **rest)
@@ -96,6 +100,7 @@ class Batch:
             empty.bool(),
             empty.new_zeros(0),
             columns={name: [values[i] for i in index.tolist()] for name, values in self.columns.items()},
+            rows=None if self.rows is None else [self.rows[i] for i in index.tolist()],
         )
 
     def select(self, rows: Sequence[int] | Tensor) -> "Batch":

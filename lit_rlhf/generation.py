@@ -57,20 +57,26 @@ class Sampled:
 
 @torch.no_grad()
 def sample(
-    policy: CausalPolicy, prompts: Batch, sampling: Sampling, *, num_responses: int = 1, key: Sequence[int] = (0,), rows: Sequence[int] | None = None
+    policy: CausalPolicy,
+    prompts: Batch,
+    sampling: Sampling,
+    *,
+    num_responses: int = 1,
+    key: Sequence[int] = (0,),
+    rows: Sequence[int] | None = None,
 ) -> Sampled:
     """Samples `num_responses` responses for each prompt, in the policy's current mode and precision.
 
     Args:
         prompts: a batch of M prompts (its responses, if any, are ignored).
         key: what else the noise depends on, e.g. (seed, iteration).
-        rows: the prompts' global row numbers, default 0..M-1; response k of row r draws noise number r * num_responses + k.
+        rows: the prompts' global row numbers, default those of the batch; response k of row r draws noise number r * num_responses + k.
 
     Raises ValueError where prompt + max_new_tokens exceed the policy's context.
     """
     check_context(policy, prompts, sampling)
     device, num_prompts = prompts.prompt_ids.device, prompts.num_prompts
-    rows = range(num_prompts) if rows is None else rows
+    rows = (prompts.rows or range(num_prompts)) if rows is None else rows
     numbers = torch.tensor([r * num_responses + k for r in rows for k in range(num_responses)], dtype=torch.int32, device=device)
     total, width = len(numbers), sampling.max_new_tokens
     ids, logprobs, entropy = (torch.zeros(total, width, dtype=dt, device=device) for dt in (torch.long, torch.float, torch.float))

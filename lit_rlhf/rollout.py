@@ -85,11 +85,11 @@ def collect(
     """Samples responses for this rank's prompts and runs every network on them.
 
     Args:
-        rows: the prompts' global numbers (the noise depends on them); default 0..M-1.
+        rows: the prompts' global numbers (the noise depends on them); default those of the batch.
         subtract_reference: score minus the score of the prompt's own reference response (column "reference").
         tokens_per_forward: how many tokens one forward pass may hold.
     """
-    rows = list(range(prompts.num_prompts)) if rows is None else list(rows)
+    rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
     parts = []
     for index in _groups(prompts, num_responses, sampling.max_new_tokens):
@@ -119,7 +119,9 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
         return scores
     references = columns.get("reference")
     if references is None or any(r is None for r in references):
-        raise ValueError("reward_baseline is 'reference', but the prompts have no reference; give data with a label, or use reward_baseline: mean")
+        raise ValueError(
+            "reward_baseline is 'reference', but the prompts have no reference; give data with a label, or use reward_baseline: mean"
+        )
     return scores - scorer(prompts, references, columns)
 
 
@@ -145,7 +147,9 @@ def gather(rollout: Rollout) -> Rollout:
     return join_rollouts(parts)
 
 
-def shape(rollout: Rollout, kl_coef: float, shaping: Shaping, scale: Callable[[Tensor], Tensor] | None = None) -> tuple[Experience, dict[str, Tensor]]:
+def shape(
+    rollout: Rollout, kl_coef: float, shaping: Shaping, scale: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Experience, dict[str, Tensor]]:
     """Scores and KL -> rewards -> advantages and returns, and the iteration's statistics.
 
     Args:
@@ -189,3 +193,21 @@ def statistics(rollout: Rollout, experience: Experience, raw_advantages: Tensor)
         "explained_variance": 1 - residual.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8),
         "sampling_gap_max": ((rollout.logprobs - rollout.sampled_logprobs) * mask).abs().max(),
     }
+
+
+class RunningMoments:
+    """Running mean and variance of the scores (Chan et al.'s update); called with scores it takes them in and divides them by the std."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        n, mean = float(len(scores)), float(scores.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.squares += float((scores - mean).square().sum()) + delta**2 * self.count * n / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        return scores / max(self.std, 1e-8)
+
+    @property
+    def std(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else 1.0

@@ -106,8 +106,9 @@ class StepLoader:
                 step, rows = wanted, self.step_rows(order, wanted)
                 parts = split_by_tokens(self.lengths[rows].tolist(), self.accumulate * self.world)
                 count = float(self.counts[rows].sum())
-            batch = self.collate([int(rows[i]) for i in parts[micro * self.world + self.rank]])
-            batch.count = count
+            mine = [int(rows[i]) for i in parts[micro * self.world + self.rank]]
+            batch = self.collate(mine)
+            batch.rows, batch.count = mine, count
             self.position += 1
             yield batch
 

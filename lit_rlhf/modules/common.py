@@ -14,6 +14,9 @@ from lit_rlhf.data.loader import run_seed
 from lit_rlhf.generation import Sampling
 from lit_rlhf.optim import fix_max_steps
 
+VALIDATION = 0x56414C  # keys of sampling noise that is the same at every validation
+PREDICTION = 0x505245
+
 
 def record(module: L.LightningModule, sampling: Sampling | None = None) -> None:
     """Saves the arguments that are plain data as hyper-parameters, so that checkpoints load with `weights_only=True`.

@@ -5,14 +5,12 @@ intervals are the Trainer's. The rollout happens in `on_train_batch_start` when 
 (`iteration`, `position`) say where an iteration stands, never Lightning's.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -21,16 +19,15 @@ from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
 from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import StepMeter, as_sampling, loss_scale, optimizers, record
+from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record
+from lit_rlhf.modules.ppo_checks import check_run, check_settings
 from lit_rlhf.modules.sft import response_rows
-from lit_rlhf.networks import CausalPolicy, ScalarModel, check_source, context_length_of, load_tokenizer
+from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
-from lit_rlhf.rollout import Actors, Shaping, collect, gather, shape
-from lit_rlhf.scoring import FunctionScorer, ModelScorer, check_reward_fn
+from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
+from lit_rlhf.rollout import Actors, RunningMoments, Shaping, collect, gather, shape
+from lit_rlhf.scoring import FunctionScorer, ModelScorer
 from lit_rlhf.sharding import shard
-
-VALIDATION = 0x56414C  # keys of sampling noise that is the same at every validation
-PREDICTION = 0x505245
 
 
 class PPO(L.LightningModule):
@@ -42,7 +39,7 @@ class PPO(L.LightningModule):
     Args:
         model: the SFT directory or hub name.
         reward_model: a reward model's directory or hub name; or
-        reward_fn: `reward_fn(prompts, responses, **columns)` -> one number per response, or a transformers pipeline. Exactly one of the two.
+        reward_fn: `reward_fn(prompts, responses, **columns)` -> one number per response, or a transformers pipeline; one of the two.
         value_init: where the value network starts: "reward" (the reward model), "sft" (`model` with a zero head) or a directory; by
             default the reward model if there is one, else "sft".
         sampling: of rollouts and validation; the temperature holds for all log-probs.
@@ -123,7 +120,7 @@ class PPO(L.LightningModule):
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         self.training_setup = {"peft": peft, "frozen_layers": frozen_layers}
         self.optimizer, self.scheduler = optimizer, scheduler
-        self._check()
+        check_settings(self)
         self.policy: CausalPolicy | None = None
         self.reference: CausalPolicy | None = None
         self.value: ScalarModel | None = None
@@ -136,26 +133,6 @@ class PPO(L.LightningModule):
         self.experience: Experience | None = None
         self.strict_loading = False  # frozen networks are not in our checkpoints
         self._tokenizer: Any = None
-
-    def _check(self) -> None:
-        """Refuses settings that contradict each other, before anything loads."""
-        if (self.reward_model is None) == (self.reward_fn is None):
-            raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if self.reward_model else ""))
-        if self.reward_fn is not None:
-            check_reward_fn(self.reward_fn)
-        else:
-            check_source(self.reward_model)
-        if self.value_init == "reward" and self.reward_model is None:
-            raise ValueError("value_init is 'reward', but there is no reward_model; use 'sft' or a directory")
-        if self.value_init not in ("reward", "sft"):
-            check_source(self.value_init)
-        if self.sampling.temperature <= 0:
-            raise ValueError("PPO needs sampling.temperature > 0: greedy responses have no probability to change")
-        for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.responses_per_prompt:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of responses_per_prompt {self.responses_per_prompt}")
 
     # What the data module asks for
 
@@ -182,29 +159,7 @@ class PPO(L.LightningModule):
     # Set-up
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
-        if stage == "fit":
-            self._check_trainer()
-        longest, limit = getattr(data, "max_prompt_tokens", None), self.context_length
-        if longest and limit and longest + self.sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"max_prompt_tokens {longest} + max_new_tokens {self.sampling.max_new_tokens} exceed the context of {self.model}, {limit} tokens"
-            )
-
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        if not hasattr(trainer.datamodule, "prompts"):
-            raise TypeError("PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number")
-        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
-            raise ValueError("limit_train_batches would cut iterations short; shorten a PPO run with max_steps, or with batch_size and ppo_epochs")
-        if isinstance(trainer.strategy, ModelParallelStrategy) and self.num_prompts % trainer.world_size:
-            raise ValueError(f"under a sharded strategy the {self.num_prompts} prompts per iteration must be a multiple of {trainer.world_size} ranks")
-        parts = self.minibatches * trainer.accumulate_grad_batches * trainer.world_size
-        if self.num_prompts < parts:
-            raise ValueError(
-                f"{self.num_prompts} prompts per iteration cannot be split into minibatches {self.minibatches} x accumulate_grad_batches "
-                f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; raise batch_size or lower one of them"
-            )
+        check_run(self, stage)
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -229,7 +184,9 @@ class PPO(L.LightningModule):
         path = self.reward_model if self.value_init == "reward" else self.value_init
         if load_tokenizer(path, trust_remote_code=self.source["trust_remote_code"]).get_vocab() != self.tokenizer.get_vocab():
             raise ValueError(f"the tokenizer of {path} is not that of {self.model}, so it cannot be the value network; set value_init: sft")
-        value = ScalarModel.load(path, tokenizer=self.tokenizer, **self.loading, **self.training_setup, trust_remote_code=self.source["trust_remote_code"])
+        value = ScalarModel.load(
+            path, tokenizer=self.tokenizer, **self.loading, **self.training_setup, trust_remote_code=self.source["trust_remote_code"]
+        )
         if self.reward_baseline != "mean":
             value.mean.zero_()
         return value
@@ -283,7 +240,9 @@ class PPO(L.LightningModule):
         self.episodes += self.batch_size
         stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))}
         if self.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, float(stats["kl"]), target=self.kl_target, horizon=self.kl_horizon, n=self.batch_size)
+            self.kl_coef = adapt_kl_coef(
+                self.kl_coef, float(stats["kl"]), target=self.kl_target, horizon=self.kl_horizon, n=self.batch_size
+            )
         self.log_dict({f"rollout/{name}": value for name, value in stats.items()}, on_step=False, on_epoch=True, batch_size=1)
 
     def micro_batch(self, position: int) -> tuple[Experience, int]:
@@ -356,14 +315,12 @@ class PPO(L.LightningModule):
         for name, metric in self.val_metrics.items():
             metric.update(torch.tensor([float(row[name]) for row in rows], device=self.device))
         scored = [row for row in rows if row.get("reference") is not None]
-        if scored:
-            self.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
+        self.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
 
     def _collect_rows(self, batch: Batch, purpose: int) -> list[dict[str, Any]]:
         actors = Actors(self.policy, self.reference, None, self.scorer)
-        rows = [zlib.crc32(prompt.encode()) >> 2 for prompt in batch.columns["prompt"]]  # the noise belongs to the prompt, wherever it stands
         setting = {"subtract_reference": self.reward_baseline == "reference", "tokens_per_forward": self.tokens_per_forward}
-        made = collect(actors, batch, self.sampling, key=(run_seed(), purpose), rows=rows, **setting)
+        made = collect(actors, batch, self.sampling, key=(run_seed(), purpose), **setting)
         mask = made.batch.response_mask
         return response_rows(
             batch.columns,
@@ -375,7 +332,7 @@ class PPO(L.LightningModule):
         )
 
     def _report(self, stage: str) -> None:
-        values = {name: metric.compute() for name, metric in self.val_metrics.items()} | (self.rouge.compute() if self.rouge.count else {})
+        values = {name: metric.compute() for name, metric in self.val_metrics.items()} | self.rouge.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         for metric in (*self.val_metrics.values(), self.rouge):
             metric.reset()
@@ -403,21 +360,3 @@ class PPO(L.LightningModule):
             setattr(self, name, state[name])
         if self.moments is not None and "moments" in state:
             self.moments.count, self.moments.mean, self.moments.squares = state["moments"]
-
-
-class RunningMoments:
-    """Running mean and variance of the scores (Chan et al.'s update); called with scores it takes them in and divides them by the std."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0.0, 0.0, 0.0
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        n, mean = float(len(scores)), float(scores.mean())
-        delta, total = mean - self.mean, self.count + n
-        self.squares += float((scores - mean).square().sum()) + delta**2 * self.count * n / total
-        self.mean, self.count = self.mean + delta * n / total, total
-        return scores / max(self.std, 1e-8)
-
-    @property
-    def std(self) -> float:
-        return (self.squares / self.count) ** 0.5 if self.count else 1.0

@@ -14,9 +14,10 @@ from lit_rlhf.data.loader import run_seed
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import StepMeter, as_sampling, loss_scale, optimizers, record, reseed
-from lit_rlhf.networks import CausalPolicy, check_source, context_length_of, load_tokenizer
+from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed
+from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.sharding import shard
 
 
@@ -80,7 +81,9 @@ class SFT(L.LightningModule):
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.model, revision=self.loading["revision"], trust_remote_code=self.loading["trust_remote_code"])
+            self._tokenizer = load_tokenizer(
+                self.model, revision=self.loading["revision"], trust_remote_code=self.loading["trust_remote_code"]
+            )
         return self._tokenizer
 
     @property
@@ -123,7 +126,7 @@ class SFT(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, and the reference where there is one."""
-        written = sample(self.policy, batch, self.sampling, key=(run_seed(), -1 & 0xFFFF, batch_idx, self.global_rank)).texts
+        written = sample(self.policy, batch, self.sampling, key=(run_seed(), PREDICTION)).texts
         return response_rows(batch.columns, written)
 
     def export_networks(self) -> dict[str, CausalPolicy]:
@@ -145,18 +148,17 @@ class SFT(L.LightningModule):
         if batch.num_responses:
             tokens = batch.response_mask.sum() + (0 if batch.prompt_loss_mask is None else batch.prompt_loss_mask.sum())
             self.val_loss.update(self._loss(batch, None)[0], weight=tokens)
-        written = sample(self.policy, batch, self.sampling, key=(run_seed(), batch_idx, self.global_rank))
+        written = sample(self.policy, batch, self.sampling, key=(run_seed(), VALIDATION))
         self.val_length.update(written.batch.response_mask.sum(1).float())
         self.val_eos.update(written.finished.float())
         rows = response_rows(batch.columns, written.texts)
         scored = [r for r in rows if r.get("reference") is not None]
-        if scored:
-            self.rouge.update([r["response"] for r in scored], [r["reference"] for r in scored])
+        self.rouge.update([r["response"] for r in scored], [r["reference"] for r in scored])
         self.samples += rows
 
     def _report(self, stage: str) -> None:
         means = {"loss": self.val_loss, "length": self.val_length, "eos_rate": self.val_eos}
-        values = {name: metric.compute() for name, metric in means.items()} | (self.rouge.compute() if self.rouge.count else {})
+        values = {name: metric.compute() for name, metric in means.items()} | self.rouge.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         for metric in (*means.values(), self.rouge):
             metric.reset()
