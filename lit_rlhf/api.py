@@ -24,7 +24,7 @@ def train(
     """Optimises `model` (a directory or hub name) against `reward_fn` with PPO and returns the trained module.
 
     Args:
-        reward_fn: `reward_fn(prompts, responses, **columns)` or trlX's `reward_fn(samples)` (samples are prompt + response); one number each.
+        reward_fn: `reward_fn(prompts, responses, **columns)` or trlX's `reward_fn(samples)` (a sample is prompt + response).
         prompts: texts, rows with a "prompt", or whatever `PromptDataModule` reads; None generates from nothing (BOS).
         eval_prompts: the same, for validation.
         iterations: PPO iterations, each with `settings["batch_size"]` responses; unused where `trainer` is given.
@@ -56,7 +56,9 @@ def with_samples(reward_fn: Callable[..., Sequence[float]]) -> Callable[..., Seq
     required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not parameters or parameters[0].name != "samples":
         return reward_fn if len(required) != 1 else _on_samples(reward_fn, {})
-    return _on_samples(reward_fn, {p.name for p in parameters[1:]} | ({"**"} if parameters[-1].kind is parameters[-1].VAR_KEYWORD else set()))
+    return _on_samples(
+        reward_fn, {p.name for p in parameters[1:]} | ({"**"} if parameters[-1].kind is parameters[-1].VAR_KEYWORD else set())
+    )
 
 
 def _on_samples(reward_fn: Callable[..., Sequence[float]], names: Any) -> Callable[..., Sequence[float]]:

@@ -73,7 +73,9 @@ def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _lay_out(batch: Batch, rows: list[list[tuple[int, list[int]]]], prompts: list[int], lengths: list[int], width: int, packed: bool) -> Layout:
+def _lay_out(
+    batch: Batch, rows: list[list[tuple[int, list[int]]]], prompts: list[int], lengths: list[int], width: int, packed: bool
+) -> Layout:
     """Writes the trees of each row one after the other; index tensors are built on the CPU and moved once."""
     shape = (len(rows), width)
     source, position = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
@@ -97,7 +99,9 @@ def _lay_out(batch: Batch, rows: list[list[tuple[int, list[int]]]], prompts: lis
     steps = torch.arange(response_width)
     last = torch.tensor(lengths, dtype=torch.long)[:, None] - 1
     state_index = torch.cat([prompt_end[:, None], response_start[:, None] + torch.minimum(steps, last.clamp(min=0))], dim=1)
-    state_index = torch.where(torch.cat([torch.ones_like(last).bool(), (last >= 0).expand(-1, response_width)], 1), state_index, prompt_end[:, None])
+    state_index = torch.where(
+        torch.cat([torch.ones_like(last).bool(), (last >= 0).expand(-1, response_width)], 1), state_index, prompt_end[:, None]
+    )
     ends = torch.tensor(prompts, dtype=torch.long)[:, None] - 1
     prompt_index = prompt_start[:, None] + torch.minimum(torch.arange(prompt_width), ends)
     device = batch.prompt_ids.device

@@ -5,7 +5,6 @@ only inside its network's forward, so what leaves a network are log-probs, value
 """
 
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,23 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_rlhf.batch import Batch, pad_cat
 from lit_rlhf.functional import last_index, token_logprobs
 from lit_rlhf.layout import Layout, pack
-from lit_rlhf.sharding import most, whole
+from lit_rlhf.pretrained import (
+    add_adapter,
+    context_length,
+    has_adapter,
+    load_model,
+    load_tokenizer,
+    merged_state_dict,
+    save_model,
+    scalar_head,
+)
+from lit_rlhf.sharding import most
 
 
 class CausalPolicy(nn.Module):
@@ -44,9 +53,13 @@ class CausalPolicy(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
 
     @classmethod
-    def load(cls, path: str, *, tokenizer: Tokenizer | None = None, peft: Any = None, dropout: bool = False, **loading: Any) -> "CausalPolicy":
-        """Loads `path` (a directory or hub name) with `loading` as in `load_model`, checks packing, and puts LoRA on it where `peft` is given."""
-        tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
+    def load(
+        cls, path: str, *, tokenizer: Tokenizer | None = None, peft: Any = None, dropout: bool = False, **loading: Any
+    ) -> "CausalPolicy":
+        """Loads `path` with `loading` as in `load_model`, checks packing, and puts LoRA on it where `peft` is given."""
+        tokenizer = tokenizer or load_tokenizer(
+            path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False)
+        )
         lm = load_model(AutoModelForCausalLM, path, tokenizer, **loading)
         net = cls(lm, tokenizer)
         check_layout(net)
@@ -82,7 +95,7 @@ class CausalPolicy(nn.Module):
         return logprobs, found.new_zeros(mask.shape).masked_scatter(mask, found)
 
     def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """One decoding step: logits (B, V) float32 after the last of ids (B, T), given the cache and the mask (B, past + T) of all tokens so far."""
+        """One decoding step: logits (B, V) float32 after the last of ids (B, T), given the cache and the mask (B, past + T) so far."""
         rows = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
         if self.own_logits:
             return self.lm(**accepted(self.lm, rows)).logits[:, -1].float()
@@ -102,7 +115,7 @@ class CausalPolicy(nn.Module):
         save_model(self.lm, self.tokenizer, directory, self.weights() if weights is None else weights)
 
     def _hidden(self, layout: Layout, adapter: bool = True) -> tuple[Tensor, Any]:
-        """Final hidden states (B, T, H) and their head; for families whose logits are changed after the head, the logits and the identity."""
+        """Final hidden states (B, T, H) and their head; where logits are changed after the head, the logits and the identity."""
         toggle = not adapter and has_adapter(self.lm)
         if toggle:
             self.lm.disable_adapters()
@@ -147,7 +160,9 @@ class ScalarModel(nn.Module):
             head: "saved" requires the directory's own head; "new" draws one with std 1/sqrt(H + 1) (Stiennon et al. 2020's code) and
                 "zero" sets it to 0, both only where the directory has none.
         """
-        tokenizer = tokenizer or load_tokenizer(path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False))
+        tokenizer = tokenizer or load_tokenizer(
+            path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False)
+        )
         model = load_model(AutoModelForSequenceClassification, path, tokenizer, head=head, **loading)
         net = cls(model, tokenizer)
         check_layout(net)
@@ -213,189 +228,6 @@ def in_parts(network: nn.Module, batch: Batch, budget: int, forward: Callable[[B
     return pad_cat(found)[torch.cat(index).argsort()]
 
 
-# Loading and saving
-
-
-def check_source(path: str) -> str:
-    """Returns `path` if it is a model directory or can be a hub name, else raises FileNotFoundError with what is wrong."""
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise FileNotFoundError(f"{path} is no Hugging Face model directory: it has no config.json (a Lightning .ckpt is for resuming, `hf/` is for the next stage)")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.exists(path):
-        if path.count("/") > 0 or os.path.exists(path):
-            raise FileNotFoundError(f"no model directory at {path!r} (seen from {os.getcwd()}); run the stage that writes it first, or give a hub name")
-    return path
-
-
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """Loads a tokenizer whose pad token is never its EOS: an unused special token is taken, else `<|pad|>` is added.
-
-    Raises ValueError where there is no EOS token, since no response could end.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(check_source(path), revision=revision, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no EOS token, so no response could end; set tokenizer.eos_token and save it there")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        unused = _unused_special(tokenizer)
-        if unused is None:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        else:
-            tokenizer.pad_token = unused
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _unused_special(tokenizer: Tokenizer) -> str | None:
-    """A special token with no job: not EOS, BOS, mask or the like, and not part of the chat template; names with "pad" go first."""
-    taken = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "eos", "cls", "sep", "mask")}
-    byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", ""))
-    if not byte_level:
-        taken.add(tokenizer.unk_token)
-    free = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and t.content not in taken]
-    free = [t for t in free if t not in (tokenizer.chat_template or "")]
-    return next((t for t in free if "pad" in t.lower()), free[0] if free else None)
-
-
-def load_model(
-    auto: Any,
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dropout: bool = False,
-    frozen_layers: int = 0,
-    head: str = "saved",
-) -> PreTrainedModel:
-    """Loads weights in `dtype` (safetensors only), checks that none is missing, and makes room for an added pad token.
-
-    Raises ValueError for an encoder-decoder, missing weights, or a tokenizer whose ids exceed the model's table.
-    """
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(check_source(path), **source)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{path} is an encoder-decoder ({config.model_type}); lit_rlhf works on causal decoders only")
-    scalar = auto is AutoModelForSequenceClassification
-    if scalar:
-        config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id
-    options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
-    model, info = auto.from_pretrained(
-        path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-    )
-    _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
-    if not dropout:
-        disable_dropout(model)
-    freeze(model, frozen_layers)
-    rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
-    if top == tokenizer.pad_token_id == rows:
-        model.resize_token_embeddings(rows + 1, mean_resizing=False)
-    elif top >= rows:
-        raise ValueError(f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together")
-    return model
-
-
-def _check_missing(model: PreTrainedModel, path: str, missing: list[str], head: str) -> None:
-    """Accepts a missing scalar head only where one may be made, and makes it."""
-    other = [key for key in missing if not key.startswith("score.")]
-    if other:
-        raise ValueError(f"{path} lacks weights of {type(model).__name__}: {', '.join(other[:3])}{'…' if len(other) > 3 else ''}")
-    if missing and head == "saved":
-        raise ValueError(f"{path} has no reward head ({missing[0]} is missing): it is a language model; train it with PairwiseReward first")
-    if missing:
-        linear = scalar_head(model)
-        std = 0.0 if head == "zero" else (linear.in_features + 1) ** -0.5
-        nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-
-
-def scalar_head(model: PreTrainedModel) -> nn.Linear:
-    """The one-label head of a sequence classifier, called `score` in every decoder family of transformers."""
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear `score` head; this family cannot be a reward or value network")
-    return model.score
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate in the live modules to 0, leaving the config as it is; a ratio of 1 at the first minibatch needs it."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def freeze(model: PreTrainedModel, layers: int) -> None:
-    """Stops the lowest `layers` blocks and all of the embeddings (a tied head is one of them) from training; 0 freezes nothing.
-
-    trlX freezes the bottom 70% of a reward model this way, and all but 8 layers of a policy; it leaves the embeddings trainable.
-    """
-    if layers == 0:
-        return
-    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
-    if not stacks or not 0 < layers <= len(stacks[0]):
-        raise ValueError(f"frozen_layers is {layers}, the model has {model.config.num_hidden_layers} blocks")
-    for module in (model.get_input_embeddings(), *stacks[0][:layers]):
-        module.requires_grad_(False)
-
-
-def context_length_of(path: str, **source: Any) -> int | None:
-    """`context_length` of a directory or hub name, from its config alone."""
-    return context_length(AutoConfig.from_pretrained(check_source(path), **source))
-
-
-def context_length(config: Any) -> int | None:
-    """How many tokens a path may have, or None where the config does not say."""
-    return next((n for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, key, None))), None)
-
-
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Path, weights: dict[str, Tensor]) -> None:
-    """Writes weights, config, generation config and tokenizer as one plain Hugging Face directory."""
-    weights = dict(weights)
-    with torch.device("meta"):
-        shell = type(model)(model.config)
-    shell.generation_config = model.generation_config if model.can_generate() else None
-    for config in filter(None, (shell.config, shell.generation_config)):
-        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if shell.config.tie_word_embeddings:
-        for key in getattr(model, "_tied_weights_keys", None) or ():
-            weights.pop(key, None)
-    shell.save_pretrained(directory, state_dict=weights)
-    tokenizer.save_pretrained(directory)
-    for file in Path(directory).iterdir():
-        file.chmod(0o644)
-
-
-# LoRA, through transformers' own peft integration
-
-
-def add_adapter(model: PreTrainedModel, peft: Any) -> None:
-    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place; only the adapter's weights train."""
-    model.add_adapter(peft)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rank_zero_info(f"adapter: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} weights train")
-
-
-def has_adapter(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict with every adapter added into its layer's weight, under the plain model's keys."""
-    state = {k: whole(v.detach()) for k, v in model.state_dict().items()}
-    if not has_adapter(model):
-        return state
-    deltas = {
-        name: whole(module.get_delta_weight(module.active_adapters[0])) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
-    }
-    plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-    return plain | {f"{name}.weight": plain[f"{name}.weight"] + delta.detach().to(plain[f"{name}.weight"].dtype) for name, delta in deltas.items()}
-
-
 # Running a decoder on a layout, and checking that packing is right for it
 
 
@@ -454,14 +286,14 @@ def check_layout(net: CausalPolicy | ScalarModel) -> None:
     if not difference <= tolerance:
         net.packed = False
         rank_zero_warn(
-            f"{model.config.model_type}: packed rows differ from plain rows (by {difference:.1g} of the largest state), as with ALiBi, local or "
-            "eager attention; using plain rows: the same numbers, more computation"
+            f"{model.config.model_type}: packed rows differ from plain rows (by {difference:.1g} of the largest state), as with ALiBi or "
+            "local or eager attention; using plain rows: the same numbers, more computation"
         )
     model.train(was_training)
 
 
 def _changes_logits(lm: PreTrainedModel, layout: Layout, tolerance: float) -> bool:
-    """Whether the logits are not the head's output: tried on enlarged states, since a soft cap hardly moves the small logits of a new model."""
+    """Whether the logits are not the head's output: tried on enlarged states, since a soft cap hardly moves small logits."""
 
     def enlarge(_: nn.Module, __: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * (30 / lm.get_output_embeddings()(output.last_hidden_state).abs().max())

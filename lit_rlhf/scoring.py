@@ -41,7 +41,9 @@ class FunctionScorer(nn.Module):
         try:
             scores = self.fn(prompts, responses, **accepted_columns(self.fn, columns))
         except Exception as error:
-            raise RuntimeError(f"reward function {self.name} raised {type(error).__name__}: {error} (called with {_where(prompts, 0)})") from error
+            raise RuntimeError(
+                f"reward function {self.name} raised {type(error).__name__}: {error} (called with {_where(prompts, 0)})"
+            ) from error
         return checked(scores, prompts, f"reward function {self.name}")
 
 
@@ -98,7 +100,9 @@ class PipelineReward:
         found = {o["label"]: o["score"] for o in output}
         if self.label is None:
             if len(found) != 1:
-                raise ValueError(f"the classifier has labels {sorted(found)}; say whose probability is the reward: PipelineReward(model, label=…)")
+                raise ValueError(
+                    f"the classifier has labels {sorted(found)}; say whose probability is the reward: PipelineReward(model, label=…)"
+                )
             return next(iter(found.values()))
         if self.label not in found:
             raise ValueError(f"the classifier has no label {self.label!r} (has: {', '.join(sorted(found))})")
@@ -106,7 +110,7 @@ class PipelineReward:
 
 
 def text_batch(tokenizer: Any, prompts: list[str], responses: list[str]) -> Batch:
-    """Texts -> a Batch with one row of ids per distinct prompt; each response gets its EOS, each prompt BOS where the tokenizer adds one."""
+    """Texts -> a Batch with one row of ids per distinct prompt; each response gets its EOS, each prompt the tokenizer's BOS, if any."""
     encoder, distinct = Encoder(tokenizer), list(dict.fromkeys(prompts))
     number = {p: i for i, p in enumerate(distinct)}
     return Batch.of(
@@ -149,7 +153,9 @@ def check_reward_fn(fn: Any) -> None:
         try:
             inspect.signature(fn).bind([], [], **extra)
         except TypeError:
-            raise TypeError(f"reward_fn {fn!r} has the signature {inspect.signature(fn)}; it is called as reward_fn(prompts, responses, **columns)") from None
+            raise TypeError(
+                f"reward_fn {fn!r} has the signature {inspect.signature(fn)}; it is called as reward_fn(prompts, responses, **columns)"
+            ) from None
 
 
 def accepted_columns(fn: Any, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

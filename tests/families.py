@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf.networks import CausalPolicy, ScalarModel, check_layout, disable_dropout
+from lit_rlhf.networks import CausalPolicy, ScalarModel, check_layout
+from lit_rlhf.pretrained import disable_dropout
 
 PAD, EOS = 0, 1
 SMALL = {

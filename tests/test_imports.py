@@ -10,11 +10,11 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional"},
-    {"batch", "layout", "networks", "metrics", "optim", "sharding"},
+    {"batch", "layout", "networks", "pretrained", "metrics", "optim", "sharding"},
     {"generation", "scoring", "data"},
     {"rollout"},
     {"modules", "callbacks", "quickstart"},
-    {"__init__", "train", "cli", "cli_errors", "__main__"},
+    {"__init__", "api", "cli", "cli_errors", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FUNCTIONAL_MAY_USE = {"torch", "math", "collections", "typing", "itertools", "functools", "dataclasses", "lit_rlhf"}

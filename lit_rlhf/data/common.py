@@ -25,7 +25,7 @@ def encoder_of(trainer: Any, tokenizer: Any) -> tuple[Encoder, int | None]:
     if tokenizer is None:
         raise ValueError("no tokenizer: give tokenizer= (a path or an object), or fit a module that has one")
     if isinstance(tokenizer, str):
-        from lit_rlhf.networks import load_tokenizer
+        from lit_rlhf.pretrained import load_tokenizer
 
         tokenizer = load_tokenizer(tokenizer)
     return Encoder(tokenizer), context

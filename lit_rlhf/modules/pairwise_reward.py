@@ -13,8 +13,9 @@ from lit_rlhf.batch import Batch
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
 from lit_rlhf.metrics import PairAccuracy
 from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed
-from lit_rlhf.networks import ScalarModel, check_source, context_length_of, load_tokenizer, score_of
+from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.sharding import shard
 
 MAX_GROUPS = 50
@@ -153,7 +154,11 @@ class PairwiseReward(L.LightningModule):
     def _report(self, stage: str) -> None:
         found = self.accuracy.compute()
         kinds = Counter(name.split("/")[1] for name in found if name.startswith("accuracy/"))
-        shown = {name: value for name, value in found.items() if name == "accuracy" or (name.startswith("accuracy/") and kinds[name.split("/")[1]] <= MAX_GROUPS)}
+        shown = {
+            name: value
+            for name, value in found.items()
+            if name == "accuracy" or (name.startswith("accuracy/") and kinds[name.split("/")[1]] <= MAX_GROUPS)
+        }
         self.log_dict({f"{stage}/loss": self.val_loss.compute()} | {f"{stage}/{name}": value for name, value in shown.items()})
         self.accuracy.reset()
         self.val_loss.reset()

@@ -1,0 +1,59 @@
+"""What PPO refuses before anything loads: settings that contradict each other, the data, the Trainer."""
+
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lit_rlhf.pretrained import check_source
+from lit_rlhf.scoring import check_reward_fn
+
+
+def check_settings(ppo: Any) -> None:
+    """Raises ValueError, TypeError or FileNotFoundError for arguments of PPO that cannot work together."""
+    if (ppo.reward_model is None) == (ppo.reward_fn is None):
+        raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if ppo.reward_model else ""))
+    if ppo.reward_fn is not None:
+        check_reward_fn(ppo.reward_fn)
+    else:
+        check_source(ppo.reward_model)
+    if ppo.value_init == "reward" and ppo.reward_model is None:
+        raise ValueError("value_init is 'reward', but there is no reward_model; use 'sft' or a directory")
+    if ppo.value_init not in ("reward", "sft"):
+        check_source(ppo.value_init)
+    if ppo.sampling.temperature <= 0:
+        raise ValueError("PPO needs sampling.temperature > 0: greedy responses have no probability to change")
+    for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
+        if getattr(ppo, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(ppo, name)}")
+    if ppo.kl_target is not None and ppo.kl_target <= 0:
+        raise ValueError(f"kl_target must be above 0 nats per response (or null for a fixed coefficient), got {ppo.kl_target}")
+    if ppo.batch_size % ppo.responses_per_prompt:
+        raise ValueError(f"batch_size {ppo.batch_size} must be a multiple of responses_per_prompt {ppo.responses_per_prompt}")
+
+
+def check_run(ppo: Any, stage: str) -> None:
+    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO."""
+    if stage == "fit":
+        _check_trainer(ppo, ppo.trainer)
+    new, limit = ppo.sampling.max_new_tokens, ppo.context_length
+    if limit is not None and new >= limit:  # each prompt's own length is checked by the data module
+        raise ValueError(f"sampling.max_new_tokens {new} leaves no room for a prompt in the context of {ppo.model}, {limit} tokens")
+
+
+def _check_trainer(ppo: Any, trainer: Any) -> None:
+    if not hasattr(trainer.datamodule, "prompts"):
+        raise TypeError(
+            "PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number"
+        )
+    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
+        raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or ppo_epochs")
+    if isinstance(trainer.strategy, ModelParallelStrategy) and ppo.num_prompts % trainer.world_size:
+        raise ValueError(
+            f"under a sharded strategy the {ppo.num_prompts} prompts per iteration must be a multiple of the {trainer.world_size} ranks"
+        )
+    parts = ppo.minibatches * trainer.accumulate_grad_batches * trainer.world_size
+    if ppo.num_prompts < parts:
+        raise ValueError(
+            f"{ppo.num_prompts} prompts per iteration cannot be split into minibatches {ppo.minibatches} x accumulate_grad_batches "
+            f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; raise batch_size or lower one of them"
+        )
