@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.generation import Sampling
@@ -98,6 +99,13 @@ class StepMeter:
             for name, value in stats.items():
                 dist.all_reduce(value, dist.ReduceOp.MAX if "max" in name else dist.ReduceOp.SUM)
         return {prefix + name: value for name, value in stats.items()}
+
+
+def reset_metrics(*metrics: Metric) -> None:
+    """Empties them with ordinary tensors: those that `Trainer.validate`'s inference mode would make cannot be updated in a later fit."""
+    with torch.inference_mode(False):
+        for metric in metrics:
+            metric.reset()
 
 
 def set_train(network: nn.Module) -> None:

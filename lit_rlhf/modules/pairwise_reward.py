@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from lit_rlhf.batch import Batch
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
 from lit_rlhf.metrics import PairAccuracy
-from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed
+from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed, reset_metrics
 from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -160,8 +160,7 @@ class PairwiseReward(L.LightningModule):
             if name == "accuracy" or (name.startswith("accuracy/") and kinds[name.split("/")[1]] <= MAX_GROUPS)
         }
         self.log_dict({f"{stage}/loss": self.val_loss.compute()} | {f"{stage}/{name}": value for name, value in shown.items()})
-        self.accuracy.reset()
-        self.val_loss.reset()
+        reset_metrics(self.accuracy, self.val_loss)
 
     def _rows(self, batch: Batch, scores: Tensor) -> list[dict[str, Any]]:
         texts = self.tokenizer.batch_decode(

@@ -19,7 +19,7 @@ from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
 from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record
+from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reset_metrics
 from lit_rlhf.modules.ppo_checks import check_run, check_settings
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
@@ -269,8 +269,7 @@ class PPO(L.LightningModule):
         values = self.value(experience.batch)[:, :-1]
         loss, stats = policy_loss(logprobs, experience.logprobs, experience.advantages, mask, clip=self.clip, count=count)
         v_loss, v_stats = value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip, count=count)
-        stats = {("policy_loss" if name == "loss" else name): x for name, x in stats.items()}
-        stats |= {"value_" + name.removeprefix("value_"): x for name, x in v_stats.items()}
+        stats |= v_stats
         loss = loss + self.value_coef * v_loss
         if self.ptx_coef:
             ptx = self._ptx_loss()
@@ -334,8 +333,7 @@ class PPO(L.LightningModule):
     def _report(self, stage: str) -> None:
         values = {name: metric.compute() for name, metric in self.val_metrics.items()} | self.rouge.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
-        for metric in (*self.val_metrics.values(), self.rouge):
-            metric.reset()
+        reset_metrics(*self.val_metrics.values(), self.rouge)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, kl, length."""

@@ -14,7 +14,7 @@ from lit_rlhf.data.loader import run_seed
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed
+from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, reset_metrics
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -160,8 +160,7 @@ class SFT(L.LightningModule):
         means = {"loss": self.val_loss, "length": self.val_length, "eos_rate": self.val_eos}
         values = {name: metric.compute() for name, metric in means.items()} | self.rouge.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
-        for metric in (*means.values(), self.rouge):
-            metric.reset()
+        reset_metrics(*means.values(), self.rouge)
 
 
 def response_rows(columns: Mapping[str, list[Any]], texts: list[str], **more: list[Any]) -> list[dict[str, Any]]:
