@@ -275,7 +275,7 @@ def check_layout(net: CausalPolicy | ScalarModel) -> None:
     plain = pack(batch, packed=False)
     base = run(model.base_model, plain).last_hidden_state
     if isinstance(net, CausalPolicy):
-        net.own_logits = _changes_logits(model, plain, tolerance)
+        net.own_logits = _changes_logits(model, plain, base, tolerance)
     states = plain.states(base)
     try:
         packed = pack(batch, packed=True)
@@ -292,21 +292,17 @@ def check_layout(net: CausalPolicy | ScalarModel) -> None:
     model.train(was_training)
 
 
-def _changes_logits(lm: PreTrainedModel, layout: Layout, tolerance: float) -> bool:
-    """Whether the logits are not the head's output: tried on enlarged states, since a soft cap hardly moves small logits."""
-
-    def enlarge(_: nn.Module, __: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * (30 / lm.get_output_embeddings()(output.last_hidden_state).abs().max())
-        states.append(output.last_hidden_state)
-        return output
-
-    states: list[Tensor] = []
-    handle = lm.base_model.register_forward_hook(enlarge)
+def _changes_logits(lm: PreTrainedModel, layout: Layout, hidden: Tensor, tolerance: float) -> bool:
+    """Whether the logits are not the head's output: tried on enlarged states, since a soft cap hardly moves the small logits of a new model."""
+    head, made = lm.get_output_embeddings(), []  # type: tuple[Any, list[Tensor]]
+    factor = 30 / head(hidden).abs().max()
+    hooks = [head.register_forward_pre_hook(lambda _, args: (args[0] * factor,)), head.register_forward_hook(lambda *args: made.append(args[2]))]
     try:
-        logits = run(lm, layout).logits.float()
+        logits = run(lm, layout).logits
     finally:
-        handle.remove()
-    return bool((logits - lm.get_output_embeddings()(states[0]).float()).abs().max() > 30 * tolerance)
+        for hook in hooks:
+            hook.remove()
+    return not made or bool((logits.float() - made[0].float()).abs().max() > 30 * tolerance)
 
 
 def _random_batch(vocabulary: int, window: int | None) -> Batch:

@@ -80,7 +80,8 @@ def load_model(
     scalar = auto is AutoModelForSequenceClassification
     if scalar:
         config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id
+    fits = tokenizer.pad_token_id < (getattr(config, "vocab_size", None) or 0)
+    config.pad_token_id = tokenizer.pad_token_id if fits else None  # embeddings with a padding_idx refuse one outside their table
     options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
     model, info = auto.from_pretrained(
         path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
@@ -92,6 +93,7 @@ def load_model(
     rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if top == tokenizer.pad_token_id == rows:
         model.resize_token_embeddings(rows + 1, mean_resizing=False)
+        model.config.pad_token_id = tokenizer.pad_token_id
     elif top >= rows:
         raise ValueError(f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together")
     return model
