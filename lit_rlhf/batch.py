@@ -83,7 +83,7 @@ class Batch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
         """Moves every tensor to `device`; Lightning calls it for each batch."""
-        moved = {f.name: v.to(device, **kwargs) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {f.name: v.to(device, **kwargs) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
     def column(self, name: str) -> list[Any]:
@@ -133,8 +133,10 @@ def pad_cat(tensors: Sequence[Tensor]) -> Tensor:
 def join(batches: Sequence[Batch]) -> Batch:
     """One batch of all the prompts and responses, in order; pairs, loss masks and counts do not survive."""
     starts = [sum(b.num_prompts for b in batches[:i]) for i in range(len(batches))]
+    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    tensors: dict[str, Any] = {name: pad_cat([getattr(b, name) for b in batches]) for name in names}
     return Batch(
-        *(pad_cat([getattr(b, name) for b in batches]) for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")),
+        **tensors,
         prompt_of=torch.cat([b.prompt_of + start for b, start in zip(batches, starts, strict=True)]),
         columns={name: [v for b in batches for v in b.columns[name]] for name in batches[0].columns},
     )
@@ -167,6 +169,16 @@ class Experience:
         width = batch.response_ids.shape[1]
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "batch"}
         return Experience(batch, **{name: x[:, :width] if x.dim() == 2 else x for name, x in picked.items()})
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data alone, so that a checkpoint loads with `weights_only=True`."""
+        batch = {f.name: getattr(self.batch, f.name) for f in fields(Batch)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "batch"} | {"batch": batch}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "Experience":
+        """The inverse of `state`."""
+        return cls(**state | {"batch": Batch(**state["batch"])})
 
     def to(self, device: torch.device | str) -> "Experience":
         return Experience(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

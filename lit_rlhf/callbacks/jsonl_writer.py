@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 class JSONLWriter(Callback):
     """Writes every dict of `predict_step`'s lists to `path` (default: predictions.jsonl in `trainer.default_root_dir`).
 
-    The lines stand in the order of the data set, by the batch's column "row"; without it in the order of batches and ranks.
+    The lines stand in the order of the data set, by the batch's `rows`; of other batches in the order of batches and ranks.
     The lines of all ranks are gathered and the file replaces an older one when it is complete.
     """
 
@@ -30,10 +30,8 @@ class JSONLWriter(Callback):
     ) -> None:
         rows = _rows(batch, len(outputs))
         for i, item in enumerate(outputs):
-            row = item.get("row", rows[i] if rows else None)
-            place = (batch_idx, trainer.global_rank, i) if row is None else (int(row), i)
-            line = {key: value for key, value in item.items() if key != "row"}
-            self.lines.append(((dataloader_idx, *place), json.dumps(line, ensure_ascii=False, default=_plain)))
+            place = (rows[i], i) if rows else (batch_idx, trainer.global_rank, i)
+            self.lines.append(((dataloader_idx, *place), json.dumps(item, ensure_ascii=False, default=_plain)))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gathered = [self.lines]
@@ -53,7 +51,7 @@ class JSONLWriter(Callback):
 
 def _rows(batch: Any, count: int) -> list[int]:
     """The row of the data set for each of `count` predictions, one per prompt or one per response; [] where the batch does not say."""
-    rows = getattr(batch, "columns", {}).get("row", [])
+    rows = getattr(batch, "rows", None) or []
     if rows and count == batch.num_responses != len(rows):
         return [rows[m] for m in batch.prompt_of.tolist()]
     return rows if len(rows) == count else []

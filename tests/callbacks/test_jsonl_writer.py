@@ -32,15 +32,15 @@ def test_lines_in_the_order_of_the_batches(scripted, tmp_path):
     assert "größe 大" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")  # readable, not \\u escapes
 
 
-def test_the_column_row_gives_the_order_of_the_data_set(scripted, tmp_path):
+def test_the_rows_give_the_order_of_the_data_set(scripted, tmp_path):
     class Rows(scripted):
         def predict_step(self, batch, batch_idx):
             return [{"prompt": p, "score": torch.tensor(0.5)} for p in batch.columns["prompt"]]
 
     # Two batches whose rows are out of order, as a loader that balances tokens hands them out.
     batches = [
-        Batch.of([[1], [1]], columns={"prompt": ["d", "a"], "row": [3, 0]}),
-        Batch.of([[1], [1]], columns={"prompt": ["c", "b"], "row": [2, 1]}),
+        Batch.of([[1], [1]], columns={"prompt": ["d", "a"]}, rows=[3, 0]),
+        Batch.of([[1], [1]], columns={"prompt": ["c", "b"]}, rows=[2, 1]),
     ]
     path = tmp_path / "new/folder/out.jsonl"
     predict(Rows([]), torch.utils.data.DataLoader(batches, batch_size=None), tmp_path, JSONLWriter(str(path)))
@@ -52,26 +52,26 @@ def test_two_responses_of_a_prompt_stand_together(scripted, tmp_path):
         def predict_step(self, batch, batch_idx):
             return [{"response": r} for r in ("b1", "b2", "a1", "a2")]
 
-    batch = Batch.of([[1], [1]], [[2], [3], [4], [5]], prompt_of=[0, 0, 1, 1], columns={"prompt": ["b", "a"], "row": [1, 0]})
+    batch = Batch.of([[1], [1]], [[2], [3], [4], [5]], prompt_of=[0, 0, 1, 1], columns={"prompt": ["b", "a"]}, rows=[1, 0])
     predict(Scores([]), torch.utils.data.DataLoader([batch], batch_size=None), tmp_path, JSONLWriter())
     assert [line["response"] for line in lines(tmp_path / "predictions.jsonl")] == ["a1", "a2", "b1", "b2"]
 
 
-def test_two_ranks_write_one_file(scripted, tmp_path):
-    loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=1)
-    module = Numbered([])
-    predict(module, loader, tmp_path, JSONLWriter(), devices=2, strategy="ddp_fork")
-    # Lightning gives rank 0 the rows 0, 2, 4 and rank 1 the rows 1, 3, 5
+def test_two_ranks_write_one_file(tmp_path):
+    batches = [Batch.of([[1]], columns={"prompt": [f"p{row}"]}, rows=[row]) for row in (4, 1, 3, 0, 2, 5)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0])
+    predict(Named(), loader, tmp_path, JSONLWriter(), devices=2, strategy="ddp_fork")
+    # rank 0 has the rows 4, 3, 2 and rank 1 the rows 1, 0, 5
     assert [line["prompt"] for line in lines(tmp_path / "predictions.jsonl")] == ["p0", "p1", "p2", "p3", "p4", "p5"]
 
 
-class Numbered(pl.LightningModule):
-    def __init__(self, _):
+class Named(pl.LightningModule):
+    def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
 
     def predict_step(self, batch, batch_idx):
-        return [{"prompt": f"p{int(x)}", "row": int(x)} for x in batch]
+        return [{"prompt": p} for p in batch.columns["prompt"]]
 
 
 def test_what_json_cannot_hold_is_named(scripted, tmp_path):
