@@ -213,7 +213,7 @@ class PPO(L.LightningModule):
         return self.steps_per_iteration * self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.experience is not None and self.position >= self.items:
+        if self.position >= self.items:
             self.iteration, self.position, self.experience = self.iteration + 1, 0, None
         if self.experience is None:
             with self.trainer.precision_plugin.forward_context():
@@ -349,6 +349,8 @@ class PPO(L.LightningModule):
         frozen = ("reference.", "scorer.")
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(frozen)}
         checkpoint["ppo"] = {name: getattr(self, name) for name in ("iteration", "position", "episodes", "kl_coef")}
+        if 0 < self.position < self.items:  # in mid-iteration; every rank holds the whole experience
+            checkpoint["ppo"]["experience"] = self.experience.state()
         if self.moments is not None:
             checkpoint["ppo"]["moments"] = [self.moments.count, self.moments.mean, self.moments.squares]
 
@@ -356,5 +358,6 @@ class PPO(L.LightningModule):
         state = checkpoint["ppo"]
         for name in ("iteration", "position", "episodes", "kl_coef"):
             setattr(self, name, state[name])
+        self.experience = Experience.of_state(state["experience"]) if "experience" in state else None
         if self.moments is not None and "moments" in state:
             self.moments.count, self.moments.mean, self.moments.squares = state["moments"]
