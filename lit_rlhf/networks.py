@@ -60,7 +60,7 @@ class CausalPolicy(nn.Module):
         tokenizer = tokenizer or load_tokenizer(
             path, revision=loading.get("revision"), trust_remote_code=loading.get("trust_remote_code", False)
         )
-        lm = load_model(AutoModelForCausalLM, path, tokenizer, **loading)
+        lm = load_model(AutoModelForCausalLM, path, tokenizer, dropout=dropout, **loading)
         net = cls(lm, tokenizer)
         check_layout(net)
         if peft is not None:

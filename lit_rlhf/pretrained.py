@@ -1,5 +1,6 @@
 """Hugging Face directories and hub names: tokenizers with a pad token of their own, weights, adapters, exports."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,10 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Pa
 
 
 def add_adapter(model: PreTrainedModel, peft: Any) -> None:
-    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place; only the adapter's weights train."""
+    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place, never on a scalar head; only the adapter's weights train."""
+    peft = copy.deepcopy(peft)  # peft writes what "all-linear" means for this model into it
+    if isinstance(getattr(model, "score", None), nn.Linear) and not isinstance(getattr(peft, "exclude_modules", None), str):
+        peft.exclude_modules = {*(getattr(peft, "exclude_modules", None) or ()), "score"}
     model.add_adapter(peft)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rank_zero_info(f"adapter: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} weights train")

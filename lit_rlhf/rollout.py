@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Batch, Experience, join, pad_cat
+from lit_rlhf.data.text import tidy_response
 from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
@@ -122,7 +123,8 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
         raise ValueError(
             "reward_baseline is 'reference', but the prompts have no reference; give data with a label, or use reward_baseline: mean"
         )
-    return scores - scorer(prompts, references, columns)
+    texts = [tidy_response(r) if p.endswith("TL;DR:") else r for p, r in zip(prompts, references, strict=True)]  # as reward training reads them
+    return scores - scorer(prompts, texts, columns)
 
 
 def _groups(prompts: Batch, num_responses: int, new_tokens: int) -> list[list[int]]:

@@ -188,7 +188,7 @@ class PPO(L.LightningModule):
             path, tokenizer=self.tokenizer, **self.loading, **self.training_setup, trust_remote_code=self.source["trust_remote_code"]
         )
         if self.reward_baseline != "mean":
-            value.mean.zero_()
+            value.set_mean(0.0)  # in its config too: the exported network must give the values it was trained to
         return value
 
     def configure_optimizers(self) -> dict[str, Any]:
