@@ -17,7 +17,7 @@ class ExportHF(Callback):
 
     The new directory is complete before it takes the old one's place. A run that never validated has no best: its last weights are written
     at the end, with a warning. Nothing is written by a sanity check, `fast_dev_run`, or a `validate` outside of a fit.
-    Raises ValueError: a `dirpath` that holds something else than an export, a `monitor` that validation did not log.
+    Raises ValueError: a `dirpath` that holds something else than an export or what the run starts from, a `monitor` that was not logged.
     """
 
     def __init__(self, dirpath: str, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
@@ -45,6 +45,12 @@ class ExportHF(Callback):
             old.rename(self.dirpath)  # a run was killed between the two renames of an exchange
         if self.dirpath.exists() and not _is_export(self.dirpath):
             raise ValueError(f"ExportHF: {self.dirpath} holds something that is no export; it would be replaced, so name another dirpath")
+        for name in ("model", "reward_model", "value_init"):
+            source = getattr(pl_module, name, None)
+            if isinstance(source, str) and Path(source).resolve() == self.dirpath.resolve():
+                raise ValueError(
+                    f"ExportHF: dirpath {self.dirpath} is the {name} that this run starts from; it would be replaced, so name another"
+                )
         self.dirpath.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self.dirpath.parent, os.W_OK):
             raise ValueError(f"ExportHF: no permission to write in {self.dirpath.parent}")

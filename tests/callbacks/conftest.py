@@ -12,8 +12,11 @@ class Network:
     def __init__(self, number: float, fail: bool = False) -> None:
         self.number, self.fail = number, fail
 
-    def save(self, directory: Path) -> None:
-        (Path(directory) / "config.json").write_text(json.dumps({"number": self.number}))
+    def weights(self) -> dict[str, float]:
+        return {"number": self.number}
+
+    def save(self, directory: Path, weights: dict[str, float]) -> None:
+        (Path(directory) / "config.json").write_text(json.dumps(weights))
         if self.fail:
             raise OSError(28, "No space left on device")
 

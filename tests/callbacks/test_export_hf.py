@@ -92,6 +92,15 @@ def test_a_directory_with_something_else_in_it_is_refused(fit, scripted, tmp_pat
     assert (tmp_path / "thesis/chapter1.tex").exists()
 
 
+def test_the_model_that_a_run_starts_from_is_not_replaced(fit, scripted, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    module = scripted([1.0])
+    module.model = str(tmp_path / "base")
+    with pytest.raises(ValueError, match="is the model that this run starts from"):
+        fit(module, ExportHF(str(tmp_path / "x/../base")))
+
+
 def test_mode_is_checked():
     with pytest.raises(ValueError, match="max or min"):
         ExportHF("x", mode="most")
