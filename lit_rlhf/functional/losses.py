@@ -124,7 +124,7 @@ def pairwise_token_loss(
     positions = torch.arange(chosen.shape[1], device=chosen.device)
     chosen_last, rejected_last = last_index(chosen_mask), last_index(rejected_mask)
     end = torch.maximum(chosen_last, rejected_last)
-    differs = (chosen_mask | rejected_mask) & ((chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))
+    differs = (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)
     first = torch.minimum(through_first(differs).sum(-1) - 1, end)
     counts = (positions >= first.unsqueeze(1)) & (positions <= end.unsqueeze(1))
     chosen, rejected = _hold_last(chosen, chosen_last), _hold_last(rejected, rejected_last)

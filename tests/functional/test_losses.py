@@ -97,6 +97,8 @@ def test_value_loss_by_hand():
     assert loss.item() == 0.5 and stats["value_clip_fraction"].item() == 0.0
     # clip .5: max(1, (.5 - 2)^2 = 2.25) and 1 -> .5 * 3.25 / 2
     assert value_loss(VALUES, OLD_VALUES, RETURNS, BOTH, clip=0.5)[0].item() == 0.8125
+    # downwards: V -1 of 0, clip .5: R -2: max(1, 2.25), R 0: max(1, .25)
+    assert value_loss(-VALUES, OLD_VALUES, -RETURNS, BOTH, clip=0.5)[0].item() == 0.8125
 
 
 def test_value_loss_at_the_first_update_is_half_the_squared_error():

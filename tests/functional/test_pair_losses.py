@@ -149,6 +149,12 @@ def test_token_loss_of_a_prefix_starts_where_it_ends():
         torch.testing.assert_close(loss, torch.tensor(0.1269280))
 
 
+def test_token_loss_starts_where_one_ends_even_if_its_padding_looks_like_the_other():
+    # chosen 7 8 9 9 against 7 8 padded with 9: t = 2: 1 - (held) 0 ; t = 3: 2 - 0
+    loss, _, _ = token_loss([0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 5.0, 5.0], [7, 8, 9, 9], [7, 8, 9, 9], [T] * 4, [T, T, F, F])
+    torch.testing.assert_close(loss, torch.tensor((0.3132617 + 0.1269280) / 2))
+
+
 def test_token_loss_of_equal_responses_is_log_2_without_gradient():
     loss, stats, rows = token_loss([3.0, 4.0, 9.0], [3.0, 4.0, 8.0], [7, 8, 0], [7, 8, 1], SHORT, SHORT)
     torch.testing.assert_close(loss, torch.tensor(LN2))
