@@ -128,9 +128,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def quiet() -> None:
-    """Leaves out what a user can do nothing about: Lightning's advertisements, a warning from inside Lightning, bars in log files."""
+    """Leaves out what a user can do nothing about: advertisements, warnings from inside Lightning, bars in log files."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings(
+        "ignore", message=r"It is recommended to use `self.log\('(val|test)/.*sync_dist"
+    )  # our metrics are summed already
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bar()
