@@ -142,7 +142,7 @@ class ScalarModel(nn.Module):
         self.tokenizer = tokenizer
         self.window = attention_window(model.config)
         self.packed = True
-        self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0)), persistent=False)
+        self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0)))
 
     @classmethod
     def load(
@@ -190,7 +190,6 @@ class ScalarModel(nn.Module):
 
     def set_mean(self, mean: float) -> None:
         """Makes `mean` (raw score units) the zero of the scores, here and in the directory that `save` writes."""
-        self.model.config.reward_mean = float(mean)
         self.mean.fill_(mean)
 
     def weights(self) -> dict[str, Tensor]:
@@ -199,7 +198,7 @@ class ScalarModel(nn.Module):
 
     def save(self, directory: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a plain Hugging Face directory; `reward_mean` rides in its config, and plain transformers gives the raw score."""
-        self.model.config.problem_type = "regression"
+        self.model.config.problem_type, self.model.config.reward_mean = "regression", float(self.mean)
         save_model(self.model, self.tokenizer, directory, self.weights() if weights is None else weights)
 
 

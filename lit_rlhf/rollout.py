@@ -5,7 +5,7 @@ whitening, KL and minibatches are global without another word. (The experience i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,9 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
         raise ValueError(
             "reward_baseline is 'reference', but the prompts have no reference; give data with a label, or use reward_baseline: mean"
         )
-    texts = [tidy_response(r) if p.endswith("TL;DR:") else r for p, r in zip(prompts, references, strict=True)]  # as reward training reads them
+    texts = [
+        tidy_response(r) if p.endswith("TL;DR:") else r for p, r in zip(prompts, references, strict=True)
+    ]  # as reward training reads them
     return scores - scorer(prompts, texts, columns)
 
 
@@ -150,12 +152,14 @@ def gather(rollout: Rollout) -> Rollout:
 
 
 def shape(
-    rollout: Rollout, kl_coef: float, shaping: Shaping, scale: Callable[[Tensor], Tensor] | None = None
+    rollout: Rollout, kl_coef: float, shaping: Shaping, scale: Callable[[Tensor], Tensor] | None = None, *, center_values: bool = False
 ) -> tuple[Experience, dict[str, Tensor]]:
     """Scores and KL -> rewards -> advantages and returns, and the iteration's statistics.
 
     Args:
         scale: divides clipped scores, e.g. by their running standard deviation.
+        center_values: first subtracts from all values how much their mean lies above that of the rewards still to come; the statistics
+            say it as `value_offset`.
     """
     batch, mask = rollout.batch, rollout.batch.response_mask
     scores = rollout.scores
@@ -168,12 +172,17 @@ def shape(
     rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, scores, mask, kl_coef=kl_coef)
     if shaping.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
+    offset = torch.tensor(0.0)
+    if center_values:
+        to_come = gae(rewards, torch.zeros_like(rewards), mask, gamma=shaping.gamma, lam=1.0)[1]
+        offset = masked_mean(rollout.values - to_come, mask)
+        rollout = replace(rollout, values=(rollout.values - offset) * mask)
     advantages, returns = gae(rewards, rollout.values, mask, gamma=shaping.gamma, lam=shaping.lam)
     raw = advantages
     if shaping.whiten_advantages:
         advantages = whiten(advantages, mask)
     experience = Experience(batch, rollout.logprobs, rollout.ref_logprobs, rollout.values, scores, rewards, advantages, returns)
-    return experience, statistics(rollout, experience, raw)
+    return experience, statistics(rollout, experience, raw) | {"value_offset": offset}
 
 
 def statistics(rollout: Rollout, experience: Experience, raw_advantages: Tensor) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ class PPO(L.LightningModule):
         clip, value_clip: clip ranges of ratio and value (None: values unclipped).
         value_coef: weight of the value loss.
         value_lr: learning rate of the value network's parameter group; None takes the optimizer's.
+        center_values: at the first rollout, shift the value network so that its mean is that of the rewards to come. A reward model's head
+            was only trained on last tokens; without the shift a critic made of it is off by many units everywhere else, and value_clip
+            lets it return by a fraction an iteration.
         whiten_advantages, whiten_rewards: over all response tokens of the iteration; rewards keep their mean.
         no_eos_score: replaces the score of a response that did not end; "auto" is -1 for reward models and none for functions.
         reward_baseline: "mean" (the reward model's `reward_mean`), "reference" (the score of the post's own reference, as trlX) or "none".
@@ -84,6 +87,7 @@ class PPO(L.LightningModule):
         value_clip: float | None = 0.2,
         value_coef: float = 0.1,
         value_lr: float | None = None,
+        center_values: bool = True,
         whiten_advantages: bool = True,
         whiten_rewards: bool = False,
         no_eos_score: float | Literal["auto"] | None = "auto",
@@ -112,6 +116,7 @@ class PPO(L.LightningModule):
         self.ppo_epochs, self.minibatches = ppo_epochs, minibatches
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.value_clip, self.value_coef, self.value_lr = clip, value_clip, value_coef, value_lr
+        self.center_values = center_values
         self.reward_baseline, self.ptx_coef, self.tokens_per_forward = reward_baseline, ptx_coef, tokens_per_forward
         floor = (-1.0 if reward_model else None) if no_eos_score == "auto" else no_eos_score
         self.shaping = Shaping(floor, score_clip, whiten_rewards, whiten_advantages, gamma, lam)
@@ -236,7 +241,10 @@ class PPO(L.LightningModule):
                 tokens_per_forward=self.tokens_per_forward,
             )
         )
-        self.experience, stats = shape(rollout, self.kl_coef, self.shaping, self.moments)
+        center = self.center_values and self.episodes == 0
+        self.experience, stats = shape(rollout, self.kl_coef, self.shaping, self.moments, center_values=center)
+        if center:
+            self.value.set_mean(float(self.value.mean + stats["value_offset"]))
         self.episodes += self.batch_size
         stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))}
         if self.kl_target is not None:
