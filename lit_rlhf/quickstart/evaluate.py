@@ -1,0 +1,108 @@
+"""What every stage is worth on held-out posts: the exact gold reward, the reward model's score, KL to SFT, length and ROUGE."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from lit_rlhf.batch import Batch
+from lit_rlhf.data.text import format_tldr
+from lit_rlhf.data.tokenise import Encoder
+from lit_rlhf.functional import k1
+from lit_rlhf.generation import Sampling
+from lit_rlhf.metrics import Rouge
+from lit_rlhf.networks import CausalPolicy, ScalarModel
+from lit_rlhf.quickstart.world import comparison, gold
+from lit_rlhf.rollout import Actors, collect
+from lit_rlhf.scoring import ModelScorer
+
+STAGES = {"untrained": "init", "SFT": "sft/hf", "PPO": "ppo/hf/policy"}
+FRESH_PAIRS = 1000
+NOISE = 0x71  # key of the sampling noise, the same for all stages
+
+
+@dataclass
+class Summaries:
+    """One stage's summaries of the held-out posts, and its numbers per post."""
+
+    texts: list[str]
+    gold: list[float]
+    scores: list[float]
+    kl: list[float]
+    lengths: list[int]
+
+
+def evaluate(out: Path, sampling: Sampling, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report's numbers, and one row per held-out post: prompt, reference, and each stage's summary with its gold reward."""
+    rows = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
+    references = [row["summary"] for row in rows]
+    scorer = ModelScorer(ScalarModel.load(str(out / "reward" / "hf")).eval())
+    sft = CausalPolicy.load(str(out / STAGES["SFT"])).eval()
+    made = {name: summarise(out / where, sft, scorer, prompts, sampling, seed) for name, where in STAGES.items()}
+    report = {
+        "seed": seed,
+        "posts": len(prompts),
+        "stages": [stage_row(name, summaries, references) for name, summaries in made.items()],
+        "people": {"gold": fmean(gold(prompts, references))},
+        "ppo_minus_sft": paired(made["PPO"].gold, made["SFT"].gold),
+        "reward_accuracy": reward_accuracy(scorer, seed),
+    }
+    samples = [
+        {"prompt": prompt, "reference": reference, "stages": {name: (s.texts[i], s.gold[i]) for name, s in made.items()}}
+        for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
+    ]
+    return report, samples
+
+
+def summarise(where: Path, sft: CausalPolicy, scorer: ModelScorer, prompts: list[str], sampling: Sampling, seed: int) -> Summaries:
+    """Samples one summary per prompt from the model in `where`, at the training temperature and with noise that depends on the seed."""
+    policy = CausalPolicy.load(str(where)).eval()
+    encoder = Encoder(policy.tokenizer)
+    batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(prompts)], columns={"prompt": prompts})
+    with torch.no_grad():
+        made = collect(Actors(policy, sft, None, scorer), batch, sampling, key=(seed, NOISE))
+    mask = made.batch.response_mask
+    kl = (k1(made.logprobs, made.ref_logprobs) * mask).sum(1)
+    return Summaries(made.texts, gold(prompts, made.texts), made.scores.tolist(), kl.tolist(), mask.sum(1).tolist())
+
+
+def stage_row(name: str, made: Summaries, references: list[str]) -> dict[str, Any]:
+    """One line of the stage table: means over the held-out posts."""
+    rouge = Rouge()
+    rouge.update(made.texts, references)
+    found = {key: float(value) for key, value in rouge.compute().items() if key != "rouge_mean"}
+    return {
+        "name": name,
+        "gold": fmean(made.gold),
+        "gold_stderr": standard_error(made.gold),
+        "score": fmean(made.scores),
+        "kl": fmean(made.kl),
+        "length": fmean(made.lengths),
+        **found,
+    }
+
+
+def paired(after: list[float], before: list[float]) -> dict[str, float]:
+    """The mean difference of two stages on the same posts, its standard error, and their ratio."""
+    differences = [a - b for a, b in zip(after, before, strict=True)]
+    gain, error = fmean(differences), standard_error(differences)
+    return {"gold": gain, "gold_stderr": error, "standard_errors": gain / error if error else 0.0}
+
+
+def standard_error(values: list[float]) -> float:
+    """The standard error of the mean, with the unbiased variance; 0 for a single value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def reward_accuracy(scorer: ModelScorer, seed: int) -> float:
+    """The share of fresh pairs of people's summaries that the reward model orders as the gold reward does, equal gold left out."""
+    rng = random.Random(f"{seed} fresh pairs")
+    pairs = [comparison(rng, noisy=False) for _ in range(FRESH_PAIRS)]
+    prompts = [pair["prompt"] for pair in pairs]
+    better, worse = (scorer(prompts, [pair[side] for pair in pairs], {}) for side in ("chosen", "rejected"))
+    return float((better > worse).float().mean())

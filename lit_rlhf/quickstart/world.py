@@ -1,0 +1,201 @@
+"""A small made-up forum: posts with five key facts, people who summarise them, and a gold reward known exactly.
+
+The gold reward reads the facts out of the texts, so it holds for any pair of strings: a fact of the post that the summary
+states is worth 1, a false one costs 1, and filler, words and a missing end cost a little. People forget facts, get them
+wrong and ramble; labellers prefer the better of two summaries with Bradley-Terry noise. A policy that imitates the people
+is therefore far from the best.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from lit_rlhf.data.text import format_tldr
+from lit_rlhf.quickstart import words
+
+KINDS = tuple(words.VALUES)
+FACT, FALSEHOOD, FILLER, WORD, STRANGE_WORD, NO_END = 1.0, -1.0, -0.5, -0.05, -0.25, -0.5
+LOWEST = -5.0
+CARE = 2.0  # of a labeller: the log-odds of the right choice, per point of gold
+
+
+@dataclass(frozen=True)
+class Post:
+    """One post: `facts` are the key facts by kind, `others` the values its distracting sentences hold."""
+
+    subreddit: str
+    title: str
+    text: str
+    facts: dict[str, str]
+    others: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Person:
+    """How someone summarises: the probability, per fact, to leave it out or get it wrong, and of each of two fillers."""
+
+    omits: float
+    errs: float
+    rambles: float
+
+
+# (share of all summaries, person)
+PEOPLE = (
+    (0.25, Person(omits=0.05, errs=0.01, rambles=0.05)),
+    (0.35, Person(omits=0.40, errs=0.03, rambles=0.10)),
+    (0.20, Person(omits=0.15, errs=0.15, rambles=0.10)),
+    (0.20, Person(omits=0.15, errs=0.03, rambles=0.80)),
+)
+
+
+def write_post(rng: random.Random) -> Post:
+    """A post with one value of each kind, one or two distracting sentences, and the event before cause and wish or after."""
+    facts = {kind: rng.choice(values) for kind, values in words.VALUES.items()}
+    others = {kind: rng.choice([v for v in values if v != facts[kind]]) for kind, values in words.VALUES.items()}
+    slots = {**facts, **{f"other_{kind}": value for kind, value in others.items()}}
+    key = [rng.choice(words.EVENTS), rng.choice(words.CAUSES), rng.choice(words.WISHES)]
+    if rng.random() < 0.3:
+        rng.shuffle(key)
+    sentences = key
+    for extra in rng.sample(words.DISTRACTORS, rng.choice((1, 2))):
+        sentences.insert(rng.randrange(len(sentences) + 1), extra)
+    if rng.random() < 0.3:
+        sentences.insert(0, rng.choice(words.OPENINGS))
+    text = " ".join(sentences).format(**slots)
+    told = {kind: value for kind, value in others.items() if f"{{other_{kind}}}" in " ".join(sentences)}
+    return Post(rng.choice(words.SUBREDDITS), rng.choice(words.TITLES).format(**slots), text, facts, told)
+
+
+def write_summary(post: Post, rng: random.Random, person: Person | None = None) -> str:
+    """What a person (of random skill unless given) writes about the post, without leading space."""
+    if person is None:
+        person = rng.choices([p for _, p in PEOPLE], [share for share, _ in PEOPLE])[0]
+    said: dict[str, str] = {}
+    for kind, value in post.facts.items():
+        if rng.random() < person.omits:
+            continue
+        if rng.random() < person.errs:
+            value = post.others.get(kind) or rng.choice([v for v in words.VALUES[kind] if v != value])
+        said[kind] = value
+    return _sentences(said, rng, person.rambles)
+
+
+def _sentences(said: dict[str, str], rng: random.Random, rambles: float) -> str:
+    who = f"my {said['who']}" if "who" in said else words.VAGUE["who"]
+    thing = f"my {said['thing']}" if "thing" in said else words.VAGUE["thing"]
+    event = f"{who} {said.get('deed', words.VAGUE['deed'])} {thing}"
+    cause = rng.choice(words.CAUSE_PHRASES).format(**said) if "cause" in said else ""
+    wish = rng.choice(words.WISH_PHRASES).format(**said) if "wish" in said else ""
+    parts = [cause, event] if rng.random() < 0.3 else [event, cause]
+    if rng.random() < rambles:
+        parts.insert(0, rng.choice(words.FILLERS))
+    text = " ".join(part for part in parts if part) + "."
+    if wish:
+        text = f"{text} {wish}"
+    if rng.random() < rambles:
+        text = f"{text} {rng.choice(words.FILLERS)}."
+    return text
+
+
+def gold(prompts: list[str], responses: list[str]) -> list[float]:
+    """The exact reward of each summary of each post (or TL;DR prompt), between -5 and 5; usable as a `reward_fn`.
+
+    +1 per key fact of the post that the summary states, -1 per value it states that is not a key fact, -0.5 per filler,
+    -0.05 per word, -0.25 more per word nobody in this world uses, -0.5 when it does not end a sentence (or is empty).
+    """
+    return [_gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _gold(prompt: str, response: str) -> float:
+    facts, text = read_post(prompt), _plain(response)
+    stated = [(kind, value) for kind in KINDS for value in set(_pattern(words.VALUES[kind]).findall(text))]
+    correct = sum(facts.get(kind) == value for kind, value in stated)
+    spoken = text.split()
+    reward = FACT * correct + FALSEHOOD * (len(stated) - correct) + FILLER * len(_pattern(words.FILLERS).findall(text))
+    reward += WORD * len(spoken) + STRANGE_WORD * sum(word not in _vocabulary() for word in spoken)
+    if not response.rstrip().endswith((".", "?")):
+        reward += NO_END
+    return max(reward, LOWEST)
+
+
+def read_post(text: str) -> dict[str, str]:
+    """The key facts of a post (or of a prompt that holds it) by kind; a kind that no sentence states is missing."""
+    facts: dict[str, str] = {}
+    plain = _plain(text)
+    for pattern in _readers():
+        if found := pattern.search(plain):
+            facts.update(found.groupdict())
+    return facts
+
+
+def prefers_first(first: float, second: float, rng: random.Random) -> bool:
+    """Whether a labeller prefers the first of two summaries of these gold rewards: true with probability sigmoid(2 x difference)."""
+    return rng.random() < 1 / (1 + math.exp(CARE * (second - first)))
+
+
+def _plain(text: str) -> str:
+    """Lower-case words with single blanks between them; everything that is no letter, digit or apostrophe is a blank."""
+    return " ".join(re.sub(r"[^\w']+", " ", text.lower()).split())
+
+
+@cache
+def _pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(r"\b(?:" + "|".join(re.escape(phrase.lower()) for phrase in phrases) + r")\b")
+
+
+@cache
+def _readers() -> tuple[re.Pattern[str], ...]:
+    """One pattern for each sentence that states a key fact, with the kinds as group names."""
+    values = {kind: "(?P<%s>%s)" % (kind, "|".join(map(re.escape, phrases))) for kind, phrases in words.VALUES.items()}
+    sentences = words.EVENTS + words.CAUSES + words.WISHES
+    return tuple(
+        re.compile(r"\b" + re.sub(r"zz(\w+?)zz", lambda m: values[m[1]], _plain(re.sub(r"\{(\w+)\}", r"zz\1zz", s))) + r"\b")
+        for s in sentences
+    )
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    """Every word that a person may use in a summary."""
+    phrases = [*words.VAGUE.values(), *words.FILLERS, *words.CAUSE_PHRASES, *words.WISH_PHRASES, "my"]
+    phrases += [value for values in words.VALUES.values() for value in values]
+    return frozenset(" ".join(_plain(re.sub(r"\{\w+\}", "", phrase)) for phrase in phrases).split())
+
+
+def write_data(directory: Path, seed: int, sizes: Mapping[str, int]) -> None:
+    """Writes the jsonl files of the three stages; every file has posts of its own, and the same seed gives the same files.
+
+    sizes: rows of sft_train, sft_valid, comparisons_train, comparisons_valid, prompts_train and prompts_valid. Posts with a summary are
+    raw TL;DR rows (subreddit, title, post, summary); comparisons are prompt, chosen, rejected as a noisy labeller chose.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in sizes.items():
+        rng = random.Random(f"{seed} {name}")
+        make = comparison if name.startswith("comparisons") else raw_row
+        lines = [json.dumps(make(rng), ensure_ascii=False) for _ in range(rows)]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def raw_row(rng: random.Random) -> dict[str, str]:
+    """A post and somebody's summary of it, in the columns of OpenAI's raw TL;DR files."""
+    post = write_post(rng)
+    return {"subreddit": post.subreddit, "title": post.title, "post": post.text, "summary": write_summary(post, rng)}
+
+
+def comparison(rng: random.Random, *, noisy: bool = True) -> dict[str, str]:
+    """A prompt with two people's different summaries, the first chosen by a labeller (noisy) or by the gold reward itself."""
+    while True:
+        post = write_post(rng)
+        prompt = format_tldr(post.subreddit, post.title, post.text)
+        first, second = write_summary(post, rng), write_summary(post, rng)
+        worth = gold([prompt, prompt], [first, second])
+        if first == second or (worth[0] == worth[1] and not noisy):
+            continue
+        chosen = prefers_first(*worth, rng) if noisy else worth[0] > worth[1]
+        pair = (first, second) if chosen else (second, first)
+        return {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}

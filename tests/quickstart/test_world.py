@@ -1,0 +1,119 @@
+"""The made-up forum: what it writes, and what the gold reward says of it."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_rlhf.data.text import format_tldr
+from lit_rlhf.quickstart import words
+from lit_rlhf.quickstart.world import CARE, comparison, gold, prefers_first, read_post, write_data, write_post, write_summary
+from lit_rlhf.scoring import FunctionScorer
+
+POST = "My uncle sold my bike. Others would leave at once. It happened during the storm. Nobody touched the guitar. Now I want to move out."
+FACTS = {"who": "uncle", "deed": "sold", "thing": "bike", "cause": "storm", "wish": "move out"}
+
+# (summary, facts right, wrong, fillers, words, strange words, ends): gold = right - wrong - 0.5 fillers - 0.05 words - 0.25 strange - 0.5 open
+WORKED = [
+    ("my uncle sold my bike after the storm. should I move out?", 4.40),  # 5 - 12 x 0.05
+    (" My uncle sold my bike after the storm. should I MOVE OUT?", 4.40),  # case and leading blank do not matter
+    ("my uncle sold my bike after the storm. should I move out", 3.90),  # no end: - 0.5
+    ("my uncle sold my stuff.", 1.75),  # 2 - 5 x 0.05
+    ("my uncle sold my guitar.", 0.75),  # 2 - 1 wrong - 5 x 0.05
+    ("my uncle uncle uncle sold my bike.", 2.65),  # a fact counts once: 3 - 7 x 0.05
+    ("basically my uncle sold my bike. thanks for reading.", 1.55),  # 3 - 2 x 0.5 - 9 x 0.05
+    ("my uncle sold my banana.", 1.50),  # 2 - 5 x 0.05 - 1 strange x 0.25
+    ("", -0.50),  # no end
+    ("?", 0.00),  # no word, but an end
+]
+
+
+@pytest.mark.parametrize(("summary", "worth"), WORKED)
+def test_gold_by_hand(summary, worth):
+    assert gold([POST], [summary])[0] == pytest.approx(worth)
+
+
+def test_gold_reads_the_whole_prompt_and_is_a_reward_fn():
+    prompt = format_tldr("advice", "Help me decide", POST)
+    scores = FunctionScorer(gold)([prompt, prompt], [WORKED[0][0], WORKED[3][0]], {"reference": ["x", "y"]})
+    assert scores.tolist() == pytest.approx([4.40, 1.75])
+
+
+@given(st.text(max_size=400), st.text(max_size=400))
+@settings(max_examples=40, deadline=None)
+def test_gold_of_any_two_texts(post, summary):
+    (worth,) = gold([post], [summary])
+    assert math.isfinite(worth) and -5 <= worth <= 5
+
+
+def test_gold_of_nonsense_is_low():
+    listing = " ".join(value for values in words.VALUES.values() for value in values)
+    for text in ("asdf qwer " * 20, POST + POST, listing, "\x00\x1f￿", "." * 1000):
+        assert gold([POST], [text])[0] <= 0.5  # a short true summary is worth 1.75
+    assert gold(["a post from another world"], ["my uncle sold my bike."])[0] == pytest.approx(-3 - 0.25)  # nothing it states is true
+
+
+def test_posts_are_read_back_exactly():
+    rng = random.Random(0)
+    for _ in range(500):
+        post = write_post(rng)
+        assert read_post(format_tldr(post.subreddit, post.title, post.text)) == post.facts
+        assert all(value != post.facts[kind] for kind, value in post.others.items())
+    assert read_post(POST) == FACTS
+
+
+def test_no_value_hides_in_another_text():
+    values = [value for values in words.VALUES.values() for value in values]
+    assert len(set(values)) == len(values)
+    rest = [*words.FILLERS, *words.VAGUE.values(), *words.CAUSE_PHRASES, *words.WISH_PHRASES]
+    for value in values:
+        for other in [v for v in values if v != value] + rest:
+            assert f" {value} " not in f" {other.lower()} "
+
+
+def test_people_leave_room_for_a_policy():
+    rng = random.Random(1)
+    posts = [write_post(rng) for _ in range(1000)]
+    worth = gold([post.text for post in posts], [write_summary(post, rng) for post in posts])
+    assert 2.0 < sum(worth) / len(worth) < 3.2  # the best summary of a post is worth 4.3 to 4.4
+    assert max(worth) > 4.2
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(0.0, 0.5), (0.5, 0.7311), (1.0, 0.8808), (-1.0, 0.1192)])  # sigmoid(2 x difference)
+def test_labellers_noise_is_bradley_terry(difference, expected):
+    assert CARE == 2
+    rng, n = random.Random(2), 4000
+    share = sum(prefers_first(1.3 + difference, 1.3, rng) for _ in range(n)) / n
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
+
+
+def test_comparisons_with_and_without_noise():
+    rng = random.Random(3)
+    exact = [comparison(rng, noisy=False) for _ in range(300)]
+    for pair in exact:
+        better, worse = gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
+        assert better > worse
+    noisy = [comparison(rng) for _ in range(800)]
+    wrong = 0
+    for pair in noisy:
+        better, worse = gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
+        wrong += better < worse
+        assert pair["chosen"] != pair["rejected"]
+    assert 0.06 < wrong / len(noisy) < 0.18
+
+
+def test_the_same_seed_writes_the_same_files(tmp_path):
+    sizes = {"sft_train": 20, "comparisons_train": 20, "prompts_valid": 5, "held_out": 20}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_data(tmp_path / name, seed, sizes)
+    for name, rows in sizes.items():
+        first, again, other = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in "abc")
+        assert first == again != other
+        assert len([json.loads(line) for line in first.splitlines()]) == rows
+    train, held_out = ((tmp_path / "a" / f"{name}.jsonl").read_text().splitlines() for name in ("sft_train", "held_out"))
+    assert not set(train) & set(held_out)
+    assert list(json.loads(train[0])) == ["subreddit", "title", "post", "summary"]
+    assert list(json.loads((tmp_path / "a" / "comparisons_train.jsonl").read_text().splitlines()[0])) == ["prompt", "chosen", "rejected"]
