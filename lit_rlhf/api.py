@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import lightning as L
+from transformers import Pipeline
 
 from lit_rlhf.data import PromptDataModule
 from lit_rlhf.modules import PPO
@@ -49,6 +50,8 @@ def as_rows(prompts: Any) -> Any:
 
 def with_samples(reward_fn: Callable[..., Sequence[float]]) -> Callable[..., Sequence[float]]:
     """Makes trlX's reward_fn(samples, ...) one that is called with prompts and responses; others are returned as they are."""
+    if isinstance(reward_fn, Pipeline):  # its one argument is no `samples`: PPO takes it as it is
+        return reward_fn
     try:
         parameters = list(inspect.signature(reward_fn).parameters.values())
     except ValueError:

@@ -140,7 +140,14 @@ def checked(scores: Any, prompts: list[str], who: str) -> Tensor:
 
 
 def check_reward_fn(fn: Any) -> None:
-    """Raises TypeError where `fn` cannot be called as fn(prompts, responses, **columns)."""
+    """Raises TypeError where `fn` cannot be called as fn(prompts, responses, **columns), ValueError for a pipeline of several labels."""
+    if isinstance(fn, Pipeline):
+        labels = [str(label) for label in fn.model.config.id2label.values()]
+        if len(labels) != 1:
+            raise ValueError(
+                f"the pipeline has labels {', '.join(labels)}; say whose probability is the reward: PipelineReward(pipe, label=…)"
+            )
+        return
     if not callable(fn):
         raise TypeError(f"reward_fn is {fn!r}, not something to call: give a function reward_fn(prompts, responses) or its import path")
     try:

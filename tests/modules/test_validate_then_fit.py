@@ -13,9 +13,7 @@ def test_a_module_that_was_validated_can_be_fitted(stage, sft_dir, sft_rows, pai
         "sft": lambda: (SFT(sft_dir, sampling=SHORT), SFTDataModule(sft_rows, val_data=sft_rows, batch_size=8)),
         "reward": lambda: (PairwiseReward(sft_dir), PairwiseDataModule(pair_rows, val_data=pair_rows, batch_size=8)),
         "ppo": lambda: (
-            PPO(
-                sft_dir, reward_fn=lambda prompts, responses: [len(r) for r in responses], sampling=SHORT, batch_size=8, ppo_epochs=1
-            ),
+            PPO(sft_dir, reward_fn=lambda prompts, responses: [len(r) for r in responses], sampling=SHORT, batch_size=8, ppo_epochs=1),
             PromptDataModule(sft_rows, val_data=sft_rows),
         ),
     }[stage]()
