@@ -131,9 +131,8 @@ def quiet() -> None:
     """Leaves out what a user can do nothing about: advertisements, warnings from inside Lightning, bars in log files."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings(
-        "ignore", message=r"It is recommended to use `self.log\('(val|test)/.*sync_dist"
-    )  # our metrics are summed already
+    ours = r"It is recommended to use `self.log\('(val|test)/.*sync_dist"  # our metrics are joined over ranks before they are logged
+    warnings.filterwarnings("ignore", message=ours)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bar()

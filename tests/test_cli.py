@@ -1,6 +1,8 @@
 """The command line: every mistake is refused in one line before anything loads, and a run's end is told by its exit code."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +98,47 @@ def test_a_reward_is_given_exactly_once(capsys, model_dir):
     both = ["--model.reward_fn=os.path.commonprefix", f"--model.reward_model={model_dir}"]
     assert "exactly one of reward_model and reward_fn" in refused(capsys, [*PPO, f"--model.model={model_dir}", *both])
     assert "exactly one of reward_model and reward_fn" in refused(capsys, [*PPO, f"--model.model={model_dir}", "--model.reward_model=null"])
+
+
+def failed(capsys, args: list[str]) -> str:
+    """The last line of a run that main(args) ends with, exit code 1."""
+    assert main(args) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err.splitlines()[-1].removeprefix("lit-rlhf: error: ")
+
+
+def test_a_bad_row_is_named_before_the_model_loads(capsys, sft_dir):
+    shutil.copytree(sft_dir, "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    with open("rows.jsonl", "w") as file:
+        file.write(json.dumps({"prompt": "a post", "label": "sum"}) + "\n" + json.dumps({"prompt": "a post", "label": None}) + "\n")
+    args = ["fit", "--model=SFT", "--model.model=no_weights", "--data=SFTDataModule", "--data.data=rows.jsonl"]
+    args += ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    assert "rows.jsonl:2" in failed(capsys, args)
+    assert "no_such.jsonl" in failed(capsys, [*args, "--data.data=no_such.jsonl"])
+
+
+def raises(prompts, responses):
+    raise RuntimeError("the judge is out")
+
+
+def too_few(prompts, responses):
+    return [1.0]
+
+
+def not_a_number(prompts, responses):
+    return [1.0] * (len(responses) - 1) + [float("nan")]
+
+
+@pytest.mark.parametrize(("fn", "said"), [("raises", "the judge is out"), ("too_few", "1"), ("not_a_number", "nan")])
+def test_a_bad_reward_names_the_function(capsys, sft_dir, fn, said):
+    with open("prompts.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(8))
+    args = ["fit", "--model=PPO", f"--model.model={sft_dir}", f"--model.reward_fn=test_cli.{fn}", "--model.batch_size=4"]
+    args += ["--model.sampling.max_new_tokens=4", "--data=PromptDataModule", "--data.data=prompts.jsonl"]
+    args += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    line = failed(capsys, args)
+    assert fn in line and said in line
 
 
 def test_no_subcommand_no_configuration(capsys):
