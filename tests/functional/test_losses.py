@@ -44,6 +44,8 @@ def test_policy_loss_by_hand():
     torch.testing.assert_close(stats["approx_kl"], torch.tensor(k2))
     torch.testing.assert_close(stats["ratio_mean"], torch.tensor(1.0))
     torch.testing.assert_close(stats["ratio_max_dev"], torch.tensor(0.5))
+    # clip .4: (-1.4 + 1.5 - .5 + .6) / 4
+    torch.testing.assert_close(policy_loss(LOGPROBS, OLD, ADVANTAGES, ALL, clip=0.4)[0], torch.tensor(0.05))
     # clip 1 cuts nothing here: (-1.5 + 1.5 - .5 + .5) / 4
     torch.testing.assert_close(policy_loss(LOGPROBS, OLD, ADVANTAGES, ALL, clip=1.0)[0], torch.tensor(0.0))
 
