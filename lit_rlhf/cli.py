@@ -1,9 +1,9 @@
 """The command line: LightningCLI in subclass mode, with one-line errors, a predictions file and exit code 143 on SIGTERM.
 
     lit-rlhf fit|validate|test|predict --config FILE [--config OVERLAY ...] [--model.kl_coef 0.1 ...] [--debug]
-    lit-rlhf quickstart
 
-Exit codes: 0 done, 1 failed while running, 2 refused before anything was loaded, 143 stopped by SIGTERM.
+Exit codes: 0 done, 1 failed while running, 2 refused before anything was loaded, 143 stopped by SIGTERM. `lit-rlhf quickstart` drives this
+command line, so `__main__.py` starts it.
 """
 
 import logging
@@ -106,10 +106,6 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("LIT_RLHF_DEBUG", "0") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    if args[:1] == ["quickstart"]:
-        from lit_rlhf.quickstart.run import main as quickstart
-
-        return quickstart(args[1:]) or 0
     quiet()
     try:
         cli = build(args)

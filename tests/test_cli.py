@@ -261,10 +261,11 @@ def test_the_command_line_wins_over_a_checkpoint(tmp_path):
 
 def test_quickstart_is_passed_on(monkeypatch):
     import lit_rlhf.quickstart.run
+    from lit_rlhf.__main__ import main
 
     seen = []
-    monkeypatch.setattr(lit_rlhf.quickstart.run, "main", lambda args: seen.append(args))
-    assert main(["quickstart", "--seed", "3"]) == 0 and seen == [["--seed", "3"]]
+    monkeypatch.setattr(lit_rlhf.quickstart.run, "main", lambda args: seen.append(args) or 7)
+    assert main(["quickstart", "--seed", "3"]) == 7 and seen == [["--seed", "3"]]
 
 
 def test_print_config_can_be_fed_back(capsys, model_dir):
