@@ -10,6 +10,7 @@ from transformers import Pipeline
 
 from lit_rlhf.data import PromptDataModule
 from lit_rlhf.modules import PPO
+from lit_rlhf.scoring import accepted_columns
 
 
 def train(
@@ -49,27 +50,25 @@ def as_rows(prompts: Any) -> Any:
 
 
 def with_samples(reward_fn: Callable[..., Sequence[float]]) -> Callable[..., Sequence[float]]:
-    """Makes trlX's reward_fn(samples, ...) one that is called with prompts and responses; others are returned as they are."""
-    if isinstance(reward_fn, Pipeline):  # its one argument is no `samples`: PPO takes it as it is
+    """Makes trlX's reward_fn(samples, ...) one that is called with prompts and responses; others are returned as they are.
+
+    A function takes samples if its first parameter is called so, or if it has only one; besides them it may ask for `prompts`, `outputs`
+    and the data set's columns.
+    """
+    if isinstance(reward_fn, Pipeline):
         return reward_fn
     try:
         parameters = list(inspect.signature(reward_fn).parameters.values())
     except ValueError:
         return reward_fn
     required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if not parameters or parameters[0].name != "samples":
-        return reward_fn if len(required) != 1 else _on_samples(reward_fn, {})
-    return _on_samples(
-        reward_fn, {p.name for p in parameters[1:]} | ({"**"} if parameters[-1].kind is parameters[-1].VAR_KEYWORD else set())
-    )
+    if not parameters or (parameters[0].name != "samples" and len(required) != 1):
+        return reward_fn
 
-
-def _on_samples(reward_fn: Callable[..., Sequence[float]], names: Any) -> Callable[..., Sequence[float]]:
     @wraps(reward_fn)
-    def on_samples(prompts: list[str], responses: list[str]) -> Sequence[float]:
-        more = {"prompts": prompts, "outputs": responses}
-        given = more if "**" in names else {name: value for name, value in more.items() if name in names}
+    def on_samples(prompts: list[str], responses: list[str], **columns: Any) -> Sequence[float]:
+        given = accepted_columns(reward_fn, columns | {"prompts": prompts, "outputs": responses}, leading=1)
         return reward_fn([p + r for p, r in zip(prompts, responses, strict=True)], **given)
 
-    on_samples.__signature__ = inspect.signature(lambda prompts, responses: None)  # type: ignore[attr-defined]
+    on_samples.__signature__ = inspect.signature(lambda prompts, responses, **columns: None)  # type: ignore[attr-defined]
     return on_samples

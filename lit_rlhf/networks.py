@@ -25,6 +25,7 @@ from lit_rlhf.pretrained import (
     load_model,
     load_tokenizer,
     merged_state_dict,
+    push,
     save_model,
     scalar_head,
 )
@@ -114,6 +115,10 @@ class CausalPolicy(nn.Module):
         """Writes a plain Hugging Face directory (safetensors, config, generation config, tokenizer) of `weights()`."""
         save_model(self.lm, self.tokenizer, directory, self.weights() if weights is None else weights)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload from lit_rlhf") -> str:
+        """Uploads the directory that `save` writes to a Hugging Face repository, made where it is missing; returns the commit's address."""
+        return push(self, repo_id, private, commit_message)
+
     def _hidden(self, layout: Layout, adapter: bool = True) -> tuple[Tensor, Any]:
         """Final hidden states (B, T, H) and their head; where logits are changed after the head, the logits and the identity."""
         toggle = not adapter and has_adapter(self.lm)
@@ -200,6 +205,10 @@ class ScalarModel(nn.Module):
         """Writes a plain Hugging Face directory; `reward_mean` rides in its config, and plain transformers gives the raw score."""
         self.model.config.problem_type, self.model.config.reward_mean = "regression", float(self.mean)
         save_model(self.model, self.tokenizer, directory, self.weights() if weights is None else weights)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload from lit_rlhf") -> str:
+        """Uploads the directory that `save` writes to a Hugging Face repository, made where it is missing; returns the commit's address."""
+        return push(self, repo_id, private, commit_message)
 
 
 def score_of(scalars: Tensor, response_mask: Tensor) -> Tensor:
@@ -292,10 +301,13 @@ def check_layout(net: CausalPolicy | ScalarModel) -> None:
 
 
 def _changes_logits(lm: PreTrainedModel, layout: Layout, hidden: Tensor, tolerance: float) -> bool:
-    """Whether the logits are not the head's output: tried on enlarged states, since a soft cap hardly moves the small logits of a new model."""
+    """Whether the logits are not the head's output; tried on enlarged states, since a soft cap hardly moves a new model's small logits."""
     head, made = lm.get_output_embeddings(), []  # type: tuple[Any, list[Tensor]]
     factor = 30 / head(hidden).abs().max()
-    hooks = [head.register_forward_pre_hook(lambda _, args: (args[0] * factor,)), head.register_forward_hook(lambda *args: made.append(args[2]))]
+    hooks = [
+        head.register_forward_pre_hook(lambda _, args: (args[0] * factor,)),
+        head.register_forward_hook(lambda *args: made.append(args[2])),
+    ]
     try:
         logits = run(lm, layout).logits
     finally:

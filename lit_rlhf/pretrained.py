@@ -2,9 +2,11 @@
 
 import copy
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -171,6 +173,15 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, directory: str | Pa
     tokenizer.save_pretrained(directory)
     for file in Path(directory).iterdir():
         file.chmod(0o644)
+
+
+def push(network: Any, repo_id: str, private: bool | None, commit_message: str) -> str:
+    """Saves a network to a temporary directory and uploads that as one commit."""
+    with tempfile.TemporaryDirectory() as directory:
+        network.save(directory)
+        api = huggingface_hub.HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message))
 
 
 # LoRA, through transformers' own peft integration

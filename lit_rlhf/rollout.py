@@ -142,13 +142,25 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(join(joined.pop("batch")), texts, **{name: pad_cat(parts) for name, parts in joined.items()})
 
 
-def gather(rollout: Rollout) -> Rollout:
-    """Every rank's rollout, joined in the order of ranks, on every rank."""
+def gather(make: Callable[[], Rollout]) -> Rollout:
+    """Every rank's rollout, made by `make` and joined in the order of ranks, on every rank.
+
+    What one rank raises, all raise: the others would wait for its rollout until a time-out.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rollout
-    parts: list[Rollout] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(parts, rollout)
-    return join_rollouts(parts)
+        return make()
+    made: Rollout | str
+    cause = None
+    try:
+        made = make()
+    except Exception as error:
+        made, cause = f"on rank {dist.get_rank()}: {type(error).__name__}: {error}", error
+    parts: list[Rollout | str] = [""] * dist.get_world_size()
+    dist.all_gather_object(parts, made)
+    failures = [part for part in parts if isinstance(part, str)]
+    if failures:
+        raise RuntimeError(failures[0]) from cause
+    return join_rollouts(parts)  # type: ignore[arg-type]
 
 
 def shape(

@@ -125,7 +125,7 @@ def checked(scores: Any, prompts: list[str], who: str) -> Tensor:
     """The scores as (N,) float32, or an error that says what is wrong with which prompt's."""
     if isinstance(scores, Tensor):
         scores = scores.detach().cpu().flatten().tolist()
-    if scores is None or isinstance(scores, str | int | float) or not hasattr(scores, "__len__"):
+    if scores is None or isinstance(scores, str | int | float | dict) or not hasattr(scores, "__len__"):
         raise TypeError(f"{who} returned {scores!r}; it must return one number per response, here {len(prompts)}")
     if len(scores) != len(prompts):
         raise ValueError(f"{who} returned {len(scores)} scores for {len(prompts)} responses ({_where(prompts, 0)})")
@@ -165,16 +165,19 @@ def check_reward_fn(fn: Any) -> None:
             ) from None
 
 
-def accepted_columns(fn: Any, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Those of the data set's columns that the function's signature takes by name (all of them where it has **kwargs)."""
+def accepted_columns(fn: Any, columns: dict[str, list[Any]], leading: int = 2) -> dict[str, list[Any]]:
+    """Those of the data set's columns that the function's signature takes by name (all of them where it has **kwargs).
+
+    Its first `leading` parameters are the texts. Raises ValueError for a required column that is not there.
+    """
     try:
         parameters = inspect.signature(fn).parameters
     except ValueError:
         return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        taken = list(parameters)[:2]
+        taken = list(parameters)[:leading]
         return {name: values for name, values in columns.items() if name not in taken}
-    named = [n for n, p in list(parameters.items())[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [n for n, p in list(parameters.items())[leading:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [n for n in named if n not in columns and parameters[n].default is inspect.Parameter.empty]
     if missing:
         raise ValueError(f"it asks for the column {missing[0]!r}, which the data does not have (has: {', '.join(sorted(columns))})")

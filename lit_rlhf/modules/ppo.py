@@ -230,7 +230,7 @@ class PPO(L.LightningModule):
         prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else self.iteration, self.num_prompts)
         mine = range(rank * self.num_prompts // world, (rank + 1) * self.num_prompts // world)
         rollout = gather(
-            collect(
+            lambda: collect(
                 self.actors,
                 prompts.select_prompts(mine),
                 self.sampling,

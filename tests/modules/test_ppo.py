@@ -78,6 +78,7 @@ CHANGES = {
     "value_clip": {"value_clip": None},
     "value_coef": {"value_coef": 1.0},
     "value_lr": {"value_lr": 0.5},
+    "center_values": {"center_values": False},
     "whiten_advantages": {"whiten_advantages": False},
     "whiten_rewards": {"whiten_rewards": True},
     "no_eos_score": {"no_eos_score": -7.0},
@@ -92,7 +93,7 @@ CHANGES = {
 }
 
 
-BESIDE = {"kl_horizon": {"kl_target": 0.01}, "value_clip": {"value_lr": 0.2}}  # arguments that act only beside another
+BESIDE = {"kl_horizon": {"kl_target": 0.01}, "value_clip": {"value_coef": 10.0}}  # arguments that act only beside another
 WEIGHTS: dict[str, list] = {}
 
 
