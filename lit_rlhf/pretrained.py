@@ -188,11 +188,21 @@ def push(network: Any, repo_id: str, private: bool | None, commit_message: str) 
 
 
 def add_adapter(model: PreTrainedModel, peft: Any) -> None:
-    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place, never on a scalar head; only the adapter's weights train."""
+    """Puts a peft adapter (e.g. peft.LoraConfig) on the model in place, never on a scalar head; only the adapter's weights train.
+
+    Raises ValueError for what an export could not add into the layers' weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name in ("use_dora", "modules_to_save", "trainable_token_indices"):
+        if getattr(peft, name, None):
+            raise ValueError(f"peft: {name} cannot be merged into an exported directory; leave it out and use plain LoRA")
     peft = copy.deepcopy(peft)  # peft writes what "all-linear" means for this model into it
     if isinstance(getattr(model, "score", None), nn.Linear) and not isinstance(getattr(peft, "exclude_modules", None), str):
         peft.exclude_modules = {*(getattr(peft, "exclude_modules", None) or ()), "score"}
     model.add_adapter(peft)
+    if not all(hasattr(module, "get_delta_weight") for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError(f"peft: a {type(peft).__name__} cannot be merged into an exported directory; use peft.LoraConfig")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rank_zero_info(f"adapter: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} weights train")
 

@@ -46,7 +46,9 @@ def test_forms_of_reward_functions():
 
 
 def test_a_pipeline_is_a_reward_function(sft_dir, reward_dir, make_trainer):
-    module = train(sft_dir, pipeline("text-classification", model=reward_dir), ["the cat"] * 4, settings=SETTINGS, trainer=make_trainer(max_steps=1))
+    module = train(
+        sft_dir, pipeline("text-classification", model=reward_dir), ["the cat"] * 4, settings=SETTINGS, trainer=make_trainer(max_steps=1)
+    )
     assert module.position == 1
 
 

@@ -1,6 +1,5 @@
 """Sampling: from the right distribution, with noise that only (key, row, token) decide, ended by EOS and stop strings."""
 
-
 import pytest
 import torch
 from families import PACKED, PLAIN, policy_of
@@ -107,7 +106,7 @@ def test_sampled_logprobs_are_the_forwards(policy, temperature):
 
 @pytest.mark.parametrize("family", [*PACKED, *PLAIN])
 def test_the_cache_gives_every_family_the_forwards_logprobs(family, monkeypatch):
-    """Prompts of different lengths are padded on the left while sampling: neither that nor rows that leave the batch may change anything."""
+    """Sampling pads prompts on the left: neither that nor rows that leave the batch may change anything."""
     policy = policy_of(family)
     monkeypatch.setattr(policy.tokenizer, "batch_decode", lambda rows, **_: [str(r) for r in rows], raising=False)
     with torch.no_grad():
@@ -187,7 +186,9 @@ def test_an_added_pad_token_makes_one_row_of_room(tmp_path, sft_dir):
 
 
 def test_beyond_the_context_is_an_error(policy):
-    with pytest.raises(ValueError, match=r"prompt of 6 tokens \+ max_new_tokens 91 exceed the model's context of 96; set max_prompt_tokens to at most 5"):
+    with pytest.raises(
+        ValueError, match=r"prompt of 6 tokens \+ max_new_tokens 91 exceed the model's context of 96; set max_prompt_tokens to at most 5"
+    ):
         sample(policy, Batch.of([[5] * 6, [5]]), Sampling(max_new_tokens=91))
 
 

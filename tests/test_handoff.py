@@ -22,9 +22,16 @@ def runs(tmp_path, make_trainer, sft_dir, sft_rows, pair_rows):
     data = PairwiseDataModule(pair_rows, batch_size=8)
     make_trainer(max_steps=4, callbacks=[ExportHF(str(tmp_path / "reward/hf"))]).fit(reward, datamodule=data)
     ppo = PPO(
-        str(tmp_path / "sft/hf"), reward_model=str(tmp_path / "reward/hf"), batch_size=8, sampling=Sampling(8, 1.0), ppo_epochs=2, **SETTINGS
+        str(tmp_path / "sft/hf"),
+        reward_model=str(tmp_path / "reward/hf"),
+        batch_size=8,
+        sampling=Sampling(8, 1.0),
+        ppo_epochs=2,
+        **SETTINGS,
     )
-    make_trainer(max_steps=4, callbacks=[ExportHF(str(tmp_path / "ppo/hf"))]).fit(ppo, datamodule=PromptDataModule(sft_rows, max_prompt_tokens=64))
+    make_trainer(max_steps=4, callbacks=[ExportHF(str(tmp_path / "ppo/hf"))]).fit(
+        ppo, datamodule=PromptDataModule(sft_rows, max_prompt_tokens=64)
+    )
     return tmp_path, sft, reward, ppo
 
 
@@ -37,7 +44,9 @@ def test_the_three_stages(runs, pair_rows):
 
     # the same language model, by every door
     for directory, policy in (("sft/hf", sft.policy), ("ppo/hf/policy", ppo.policy)):
-        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (path / directory).iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+            f.name for f in (path / directory).iterdir()
+        }
         lm = AutoModelForCausalLM.from_pretrained(path / directory)
         with torch.no_grad():
             logprobs = policy(batch)[0]
@@ -53,7 +62,11 @@ def test_the_three_stages(runs, pair_rows):
     with torch.no_grad():
         raw = torch.cat([model(torch.tensor([p + r])).logits[0] for p, r in rows])
         padded = tokenizer([p + r + tokenizer.eos_token for p, r in texts], return_tensors="pt", padding=True)
-        plain = model(**padded).logits.squeeze(1) if all(tokenizer(p + r)["input_ids"] == a + b[:-1] for (p, r), (a, b) in zip(texts, rows, strict=True)) else raw
+        plain = (
+            model(**padded).logits.squeeze(1)
+            if all(tokenizer(p + r)["input_ids"] == a + b[:-1] for (p, r), (a, b) in zip(texts, rows, strict=True))
+            else raw
+        )
     torch.testing.assert_close(plain, raw, atol=1e-5, rtol=0)
     piped = pipeline("text-classification", model=str(path / "reward/hf"))
     by_pipe = torch.tensor([piped([p + r + tokenizer.eos_token])[0]["score"] for p, r in texts])

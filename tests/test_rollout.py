@@ -42,7 +42,7 @@ def test_an_iteration_by_hand():
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.5, 1.7, 1.9], [0.6, -1.4, 0.0]]), **close)
     torch.testing.assert_close(experience.returns, torch.tensor([[1.0, 1.95, 2.9], [-0.4, -0.9, 0.0]]), **close)
     assert experience.scores.tolist() == [3.0, -1.0]
-    # residuals R - V = A: mean .66, variance 6.892 / 5 = 1.3784; returns: mean .91, variance (.0081 + 1.0816 + 3.9601 + 1.7161 + 3.2761) / 5 = 2.0084
+    # R - V = A: mean .66, variance 6.892 / 5 = 1.3784; R: mean .91, variance (.0081 + 1.0816 + 3.9601 + 1.7161 + 3.2761) / 5 = 2.0084
     wanted = {"score": 4.0, "score_std": 1.0, "shaped_score": 1.0, "kl": 1.5, "reward": 0.85}
     wanted |= {"length": 2.5, "eos_rate": 0.5, "entropy": 3.0, "value": 0.25, "sampling_gap_max": 0.25}
     wanted |= {"advantage_std": math.sqrt(1.3784), "explained_variance": 1 - 1.3784 / 2.0084}

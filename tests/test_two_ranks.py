@@ -21,9 +21,18 @@ def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
     plain.pop("PL_GLOBAL_SEED", None)
     made = []
     for rank in range(ranks):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         extra = {k: str(v) for k, v in (names | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0}).items()} if ranks > 1 else {}
-        made.append(subprocess.Popen([sys.executable, str(SCRIPT), str(ranks), *arguments], env=plain | extra, stderr=subprocess.PIPE, text=True))
+        made.append(
+            subprocess.Popen([sys.executable, str(SCRIPT), str(ranks), *arguments], env=plain | extra, stderr=subprocess.PIPE, text=True)
+        )
     return made
 
 

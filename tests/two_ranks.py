@@ -51,7 +51,14 @@ def run(ranks: int, sft_dir: str, reward_dir: str) -> dict:
         "reward": (watched(PairwiseReward, "train/")(sft_dir, **COMMON), PairwiseDataModule(PAIRS, val_data=PAIRS[:6], batch_size=8)),
         "ppo": (
             watched(PPO, "ppo/")(
-                sft_dir, reward_model=reward_dir, batch_size=16, responses_per_prompt=2, minibatches=2, ppo_epochs=1, sampling=sampling, **COMMON
+                sft_dir,
+                reward_model=reward_dir,
+                batch_size=16,
+                responses_per_prompt=2,
+                minibatches=2,
+                ppo_epochs=1,
+                sampling=sampling,
+                **COMMON,
             ),
             PromptDataModule(ROWS, val_data=ROWS[:6], max_prompt_tokens=64, val_batch_size=4),
         ),
@@ -81,7 +88,10 @@ def failing(ranks: int, sft_dir: str) -> str:
         return [0.0] * len(prompts)
 
     try:
-        trainer(ranks).fit(PPO(sft_dir, reward_fn=reward_fn, batch_size=8, sampling=Sampling(4, 1.0)), datamodule=PromptDataModule(ROWS, max_prompt_tokens=64))
+        trainer(ranks).fit(
+            PPO(sft_dir, reward_fn=reward_fn, batch_size=8, sampling=Sampling(4, 1.0)),
+            datamodule=PromptDataModule(ROWS, max_prompt_tokens=64),
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -34,7 +34,10 @@ class Recorded(PPO):
 
 @pytest.fixture
 def fit_ppo(make_trainer, sft_dir, sft_rows):
-    """fit_ppo(PPO's arguments, data=PromptDataModule's, **Trainer's) -> the module after 2 iterations of 8 responses, 2 epochs x 2 minibatches."""
+    """fit_ppo(PPO's arguments, data=PromptDataModule's, **Trainer's) -> the module.
+
+    By default 2 iterations of 8 responses, 2 epochs x 2 minibatches.
+    """
 
     def run(settings=None, data=None, callbacks=(), model=None, rows=sft_rows, **kwargs):
         usual = {

@@ -53,7 +53,10 @@ def score(model, tokenizer, prompt: str, response: str) -> float:
 def test_the_loss_is_bradley_terrys_on_transformers_scores(fit, reward_dir, pair_rows):
     module, losses = fit(model=reward_dir, data={"batch_size": 16}, max_steps=1)
     model = AutoModelForSequenceClassification.from_pretrained(reward_dir)
-    margins = [score(model, module.tokenizer, r["prompt"], r["chosen"]) - score(model, module.tokenizer, r["prompt"], r["rejected"]) for r in pair_rows]
+    margins = [
+        score(model, module.tokenizer, r["prompt"], r["chosen"]) - score(model, module.tokenizer, r["prompt"], r["rejected"])
+        for r in pair_rows
+    ]
     assert losses[0] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 16, abs=1e-5)
     assert float(module.trainer.callback_metrics["train/accuracy"]) == sum(m > 0 for m in margins) / 16
 
@@ -96,7 +99,10 @@ def test_every_argument_changes_a_number(fit):
 
 def test_ranking_averages_within_a_prompt(fit, reward_dir):
     """Two pairs of one prompt and one of another: the ranking loss weighs them 1/4, 1/4, 1/2, the pairwise loss 1/3 each."""
-    rows = [{"prompt": "a cat", "responses": ["ran", "sat on", "ate it all"], "scores": [3, 2, 1]}, {"prompt": "my dog", "responses": ["is sad", "far"], "scores": [1, 0]}]
+    rows = [
+        {"prompt": "a cat", "responses": ["ran", "sat on", "ate it all"], "scores": [3, 2, 1]},
+        {"prompt": "my dog", "responses": ["is sad", "far"], "scores": [1, 0]},
+    ]
     data = {"batch_size": 2, "val_data": rows}
     ranking = fit({"loss": "ranking"}, model=reward_dir, rows=rows, data=data, max_steps=1)
     module, pairwise = fit(model=reward_dir, rows=rows, data=data, max_steps=1)
@@ -109,7 +115,7 @@ def test_ranking_averages_within_a_prompt(fit, reward_dir):
 
 
 def test_export_stores_the_mean_over_references(fit, tmp_path, pair_rows):
-    """The mean of the raw scores of the preferred responses is `reward_mean`: theirs is then 0 on average, and plain transformers gives the raw score."""
+    """`reward_mean` is the mean of the preferred responses' raw scores; plain transformers still gives the raw score."""
     export = ExportHF(str(tmp_path / "hf"))
     module, _ = fit(callbacks=[export], max_steps=1)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
@@ -161,7 +167,9 @@ def test_predict_scores_every_response(make_trainer, reward_dir, pair_rows):
     rows = [row for batch in made for row in batch]
     model = AutoModelForSequenceClassification.from_pretrained(reward_dir)
     for row in rows:
-        assert row["score"] == pytest.approx(score(model, module.tokenizer, row["prompt"], row["response"].strip()) - 0.5, abs=1e-5)  # reward_mean
+        assert row["score"] == pytest.approx(
+            score(model, module.tokenizer, row["prompt"], row["response"].strip()) - 0.5, abs=1e-5
+        )  # reward_mean
     assert len(rows) == 6
 
 

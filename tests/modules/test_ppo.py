@@ -21,12 +21,16 @@ def adamw(params):
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_first_minibatch_has_ratio_1_and_kl_0(fit_ppo, reward_dir, precision, rounding, minibatches):
     """Dropout is off, temperatures agree, the rollout runs in the Trainer's precision: only rounding is left."""
-    module = fit_ppo({"reward_model": reward_dir, "minibatches": minibatches, "ppo_epochs": 1, "sampling": Sampling(8, 0.7)}, precision=precision)
+    module = fit_ppo(
+        {"reward_model": reward_dir, "minibatches": minibatches, "ppo_epochs": 1, "sampling": Sampling(8, 0.7)}, precision=precision
+    )
     first, rollout = module.steps[0], module.statistics[0]
     experience = module.experiences[0]
     kl = float((experience.logprobs - experience.ref_logprobs).abs().max())
-    print(f"\n{precision}, {minibatches} minibatches: |ratio - 1| {first['ppo/ratio_max_dev']:.1e}, per-token |log-ratio to the reference| {kl:.1e}, "
-          f"sampled against forward {rollout['rollout/sampling_gap_max']:.1e}")
+    print(
+        f"\n{precision}, {minibatches} minibatches: |ratio - 1| {first['ppo/ratio_max_dev']:.1e}, largest |log p - log ref| {kl:.1e}, "
+        f"sampled against forward {rollout['rollout/sampling_gap_max']:.1e}"
+    )
     assert first["ppo/ratio_max_dev"] <= rounding and kl <= rounding
     assert first["ppo/ratio_mean"] == pytest.approx(1, abs=rounding)
     assert first["ppo/clip_fraction"] == 0.0 == first["ppo/value_clip_fraction"]
@@ -125,7 +129,11 @@ def test_tokens_per_forward_changes_the_passes_and_no_number(fit_ppo, monkeypatc
 
 def test_the_rouge_tokenizer_changes_validation(fit_ppo, sft_rows):
     found = [
-        float(fit_ppo({"rouge_tokenizer": kind, "ppo_epochs": 1, "minibatches": 1}, {"val_data": sft_rows[:8]}).trainer.callback_metrics["val/rouge1"])
+        float(
+            fit_ppo({"rouge_tokenizer": kind, "ppo_epochs": 1, "minibatches": 1}, {"val_data": sft_rows[:8]}).trainer.callback_metrics[
+                "val/rouge1"
+            ]
+        )
         for kind in ("default", "characters")
     ]
     assert found[0] != found[1]
@@ -139,6 +147,7 @@ def test_ptx_pulls_towards_its_rows(fit_ppo):
 
 def test_value_init(sft_dir, reward_dir, make_trainer, fit_ppo):
     """From the reward model by default (head included), from the SFT model with a zero head, or from a directory."""
+
     def start(**settings):
         module = PPO(sft_dir, **settings)
         module.trainer = make_trainer()
@@ -266,14 +275,18 @@ def test_contradictions_are_refused_before_anything_loads(sft_dir, settings, sai
 def test_trainer_settings_that_cannot_work_are_refused(fit_ppo, make_trainer, sft_dir):
     with pytest.raises(ValueError, match="limit_train_batches would cut iterations short"):
         fit_ppo(limit_train_batches=2)
-    with pytest.raises(ValueError, match="8 prompts per iteration cannot be split into minibatches 2 x accumulate_grad_batches 8 x 1 ranks"):
+    with pytest.raises(
+        ValueError, match="8 prompts per iteration cannot be split into minibatches 2 x accumulate_grad_batches 8 x 1 ranks"
+    ):
         fit_ppo(accumulate_grad_batches=8)
     with pytest.raises(ValueError, match="context"):
         fit_ppo(data={"max_prompt_tokens": 90}, rows=[{"prompt": "cat " * 89}] * 8)
     with pytest.raises(TypeError, match="PromptDataModule"):
         from lit_rlhf import SFTDataModule
 
-        make_trainer(max_steps=1).fit(PPO(sft_dir, reward_fn=vowels), datamodule=SFTDataModule([{"prompt": "a", "label": "b"}] * 4, batch_size=2))
+        make_trainer(max_steps=1).fit(
+            PPO(sft_dir, reward_fn=vowels), datamodule=SFTDataModule([{"prompt": "a", "label": "b"}] * 4, batch_size=2)
+        )
 
 
 def test_data_is_optional(fit_ppo):

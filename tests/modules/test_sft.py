@@ -120,7 +120,10 @@ def test_every_argument_changes_a_number(fit, dropout_dir):
 
 def test_the_rouge_tokenizer_is_the_metrics(fit):
     """Learned responses are words of the references: by characters they have more in common than by words."""
-    found = [last_validation(fit({"optimizer": adamw, "rouge_tokenizer": kind}, max_steps=14)[0])["val/rouge_mean"] for kind in ("default", "characters")]
+    found = [
+        last_validation(fit({"optimizer": adamw, "rouge_tokenizer": kind}, max_steps=14)[0])["val/rouge_mean"]
+        for kind in ("default", "characters")
+    ]
     assert 0 < found[0] < found[1]
 
 
