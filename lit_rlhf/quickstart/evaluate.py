@@ -16,7 +16,7 @@ from lit_rlhf.functional import k1
 from lit_rlhf.generation import Sampling
 from lit_rlhf.metrics import Rouge
 from lit_rlhf.networks import CausalPolicy, ScalarModel
-from lit_rlhf.quickstart.world import comparison, gold
+from lit_rlhf.quickstart.world import exact_pair, gold
 from lit_rlhf.rollout import Actors, collect
 from lit_rlhf.scoring import ModelScorer
 
@@ -102,7 +102,5 @@ def standard_error(values: list[float]) -> float:
 def reward_accuracy(scorer: ModelScorer, seed: int) -> float:
     """The share of fresh pairs of people's summaries that the reward model orders as the gold reward does, equal gold left out."""
     rng = random.Random(f"{seed} fresh pairs")
-    pairs = [comparison(rng, noisy=False) for _ in range(FRESH_PAIRS)]
-    prompts = [pair["prompt"] for pair in pairs]
-    better, worse = (scorer(prompts, [pair[side] for pair in pairs], {}) for side in ("chosen", "rejected"))
-    return float((better > worse).float().mean())
+    prompts, better, worse = map(list, zip(*(exact_pair(rng) for _ in range(FRESH_PAIRS)), strict=True))
+    return float((scorer(prompts, better, {}) > scorer(prompts, worse, {})).float().mean())

@@ -20,27 +20,34 @@ COLUMNS = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
+DIGITS = {"length": 1, "score": 2, "kl": 2}
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6470; --rule: #d9dee5; --page: #ffffff; --card: #f5f7fa;
   --c0: #1f6feb; --c1: #c2570c; --c2: #2c8a4b; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ee; --soft: #9aa4b2; --rule: #343b46; --page: #14171c; --card: #1d2128;
   --c0: #6ea8fe; --c1: #f0a35e; --c2: #6cc98b; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; } p { max-width: 75ch; } .soft { color: var(--soft); }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1180px;
+  margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { max-width: 75ch; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: right; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: right; }
+th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; }
 .grid-of-charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem; }
 .grid-of-charts svg { width: 100%; background: var(--card); border-radius: 8px; padding: 6px; box-sizing: border-box; }
 svg text { font-family: inherit; fill: var(--text); } svg .title { font-size: 12px; font-weight: 600; }
 svg .tick { font-size: 10px; fill: var(--soft); } svg .label { font-size: 10.5px; fill: var(--soft); }
 svg .grid { stroke: var(--rule); } svg .level { stroke: var(--soft); stroke-dasharray: 5 4; }
-svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg line.line0, svg line.line1, svg line.line2 { stroke-width: 2.5; }
+svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg line.line0, svg line.line1, svg line.line2 { stroke-width: 2.5; }
 .line0 { stroke: var(--c0); } .line1 { stroke: var(--c1); } .line2 { stroke: var(--c2); }
 .fill0 { fill: var(--c0); } .fill1 { fill: var(--c1); } .fill2 { fill: var(--c2); }
 article { background: var(--card); border-radius: 8px; padding: .8rem 1rem; margin: .8rem 0; }
-article p { margin: .2rem 0 .6rem; max-width: none; } article dl { display: grid; grid-template-columns: 7rem 3.4rem 1fr; gap: .15rem .6rem; margin: 0; }
-article dt { color: var(--soft); } article dd { margin: 0; overflow-wrap: anywhere; } article dd.number { text-align: right; font-variant-numeric: tabular-nums; }
+article p { margin: .2rem 0 .6rem; max-width: none; }
+article dl { display: grid; grid-template-columns: 7rem 3.4rem 1fr; gap: .15rem .6rem; margin: 0; }
+article dt { color: var(--soft); } article dd { margin: 0; overflow-wrap: anywhere; }
+article dd.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -59,9 +66,9 @@ def page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], charts
         _verdict(report),
         "<h2>Stages</h2>",
         _stages(report["stages"]),
-        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one, and a little off for filler, words and a missing '
-        f"end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature. ± is one standard "
-        "error. ROUGE compares with one person's summary, so it falls when a policy writes better ones.</p>",
+        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one, and a little off for filler, words and a '
+        f"missing end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature; ± is "
+        "one standard error. ROUGE compares with one person's summary, good or bad, so it need not rise with the gold reward.</p>",
         "<h2>Training</h2>",
         f'<div class="grid-of-charts">{"".join(charts)}</div>',
         "<h2>Summaries side by side</h2>",
@@ -69,7 +76,7 @@ def page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], charts
         "<h2>Time</h2>",
         _seconds(report["seconds"]),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>lit_rlhf quickstart</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>quickstart</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
@@ -80,7 +87,8 @@ def stage_table(report: Mapping[str, Any]) -> str:
         first = f"{row['name']:10} {row['gold']:6.2f} ± {row['gold_stderr']:.2f}  {row['score']:7.2f} {row['kl']:7.2f} {row['length']:7.1f}"
         lines.append(first + "".join(f" {row[key]:8.3f}" for key in ("rouge1", "rouge2", "rougeL")))
     gain = report["ppo_minus_sft"]
-    lines.append(f"\nPPO - SFT: gold {gain['gold']:+.2f} ± {gain['gold_stderr']:.2f} on {report['posts']} posts ({gain['standard_errors']:.0f} standard errors)")
+    difference = f"{gain['gold']:+.2f} ± {gain['gold_stderr']:.2f} ({gain['standard_errors']:.0f} standard errors)"
+    lines.append(f"\nPPO - SFT: gold {difference} on {report['posts']} posts")
     lines.append(f"reward model: orders {report['reward_accuracy']:.1%} of fresh pairs as the gold reward does")
     return "\n".join(lines)
 
@@ -117,9 +125,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     gain, kl = report["ppo_minus_sft"], report["stages"][-1]["kl"]
     target = "" if report["kl_target"] is None else f" of a target of {report['kl_target']:g}"
     return (
-        f"<p>On the same posts PPO's summaries are worth <b>{gain['gold']:+.2f} ± {gain['gold_stderr']:.2f}</b> gold reward more than SFT's "
-        f"({gain['standard_errors']:.0f} standard errors), at a KL of {kl:.1f} nats{target}. The reward model, which only saw noisy choices, "
-        f"orders {report['reward_accuracy']:.1%} of fresh pairs of summaries as the gold reward does.</p>"
+        f"<p>On the same posts the gold reward of PPO's summaries is <b>{gain['gold']:+.2f} ± {gain['gold_stderr']:.2f}</b> from SFT's "
+        f"({gain['standard_errors']:.0f} standard errors), at a KL of {kl:.1f} nats{target}. The reward model, which saw nothing but noisy "
+        f"choices, orders {report['reward_accuracy']:.1%} of fresh pairs of summaries as the gold reward does.</p>"
     )
 
 
@@ -128,7 +136,7 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
     for row in rows:
         cells = [escape(row["name"]), f"{row['gold']:.2f} ± {row['gold_stderr']:.2f}"]
-        cells += [f"{row[key]:.1f}" if key == "length" else f"{row[key]:.2f}" if key in ("score", "kl") else f"{row[key]:.3f}" for key in list(COLUMNS)[1:]]
+        cells += [f"{row[key]:.{DIGITS.get(key, 3)}f}" for key in list(COLUMNS)[1:]]
         body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 

@@ -22,21 +22,27 @@ from lit_rlhf.quickstart.world import write_data
 
 DEFAULT_OUT = "runs/quickstart"  # the folder that the shipped YAML files name
 SIZES = {
-    "sft_train": 12000,
+    "sft_train": 14400,
     "sft_valid": 128,
-    "comparisons_train": 6000,
+    "comparisons_train": 3200,
     "comparisons_valid": 256,
     "prompts_train": 2048,
     "prompts_valid": 128,
     "held_out": 512,
 }
 TOKENIZER_ROWS = 2000
+STAGES = {
+    "sft": "learning from people's summaries",
+    "reward": "learning from people's choices",
+    "ppo": "learning from the reward model",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `lit-rlhf quickstart` with these arguments and returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="lit-rlhf quickstart", description="Learns to summarise a made-up forum from made-up people: SFT, reward model, PPO and a report."
+        prog="lit-rlhf quickstart",
+        description="Learns to summarise a made-up forum from made-up people: SFT, reward model, PPO and a report.",
     )
     parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), help="folder for everything the run writes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the forum, the weights and all three stages (default: %(default)s)")
@@ -58,7 +64,7 @@ def quickstart(out: Path, seed: int, sizes: Mapping[str, int] = SIZES, changes: 
     with timed(seconds, "world", "the forum, its tokenizer and an untrained model"):
         write_data(out / "data", seed, sizes)
         write_untrained(out / "init", train_tokenizer(sft_texts(out / "data" / "sft_train.jsonl")), seed)
-    for stage, what in (("sft", "learning from people's summaries"), ("reward", "learning from people's choices"), ("ppo", "reinforcement")):
+    for stage, what in STAGES.items():
         with timed(seconds, stage, what):
             code = cli.main(stage_command(stage, out, seed, (changes or {}).get(stage, ())))
         if code:

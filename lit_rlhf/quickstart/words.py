@@ -53,8 +53,8 @@ OPENINGS = ("Hi all.", "First post here.", "Sorry for my English.")
 VAGUE = {"who": "someone", "deed": "did something to", "thing": "my stuff"}
 
 # A summary is an event, a cause and a wish in one of these orders; an empty part leaves no trace.
-CAUSE_PHRASES = ("after the {cause}", "because of the {cause}")
-WISH_PHRASES = ("should I {wish}?", "now I want to {wish}.")
+CAUSE_PHRASES = ("after the {cause}", "during the {cause}")
+WISH_PHRASES = ("should I {wish}?", "I might {wish}.")
 
 # Phrases that say nothing; each costs its writer a part of the gold reward.
 FILLERS = (

@@ -2,7 +2,7 @@
 
 The gold reward reads the facts out of the texts, so it holds for any pair of strings: a fact of the post that the summary
 states is worth 1, a false one costs 1, and filler, words and a missing end cost a little. People forget facts, get them
-wrong and ramble; labellers prefer the better of two summaries with Bradley-Terry noise. A policy that imitates the people
+wrong and ramble; labellers rank summaries by the gold reward with Bradley-Terry noise. A policy that imitates the people
 is therefore far from the best.
 """
 
@@ -10,10 +10,11 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lit_rlhf.data.text import format_tldr
 from lit_rlhf.quickstart import words
@@ -22,6 +23,7 @@ KINDS = tuple(words.VALUES)
 FACT, FALSEHOOD, FILLER, WORD, STRANGE_WORD, NO_END = 1.0, -1.0, -0.5, -0.05, -0.25, -0.5
 LOWEST = -5.0
 CARE = 2.0  # of a labeller: the log-odds of the right choice, per point of gold
+RANKED = 4  # summaries that a labeller compares at a time
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Person:
 # (share of all summaries, person)
 PEOPLE = (
     (0.25, Person(omits=0.05, errs=0.01, rambles=0.05)),
-    (0.35, Person(omits=0.40, errs=0.03, rambles=0.10)),
-    (0.20, Person(omits=0.15, errs=0.15, rambles=0.10)),
-    (0.20, Person(omits=0.15, errs=0.03, rambles=0.80)),
+    (0.35, Person(omits=0.40, errs=0.02, rambles=0.10)),
+    (0.15, Person(omits=0.15, errs=0.15, rambles=0.10)),
+    (0.25, Person(omits=0.15, errs=0.02, rambles=0.80)),
 )
 
 
@@ -133,9 +135,13 @@ def read_post(text: str) -> dict[str, str]:
     return facts
 
 
-def prefers_first(first: float, second: float, rng: random.Random) -> bool:
-    """Whether a labeller prefers the first of two summaries of these gold rewards: true with probability sigmoid(2 x difference)."""
-    return rng.random() < 1 / (1 + math.exp(CARE * (second - first)))
+def impressions(worth: Sequence[float], rng: random.Random) -> list[float]:
+    """What a labeller thinks of summaries of these gold rewards: each plus Gumbel noise of scale 1 / CARE.
+
+    Any two of them are then in the right order with probability sigmoid(CARE x difference), which is Bradley and Terry's model, and all of
+    them in any order as in Plackett and Luce's.
+    """
+    return [value - math.log(-math.log(1 - rng.random() + 1e-300) + 1e-300) / CARE for value in worth]
 
 
 def _plain(text: str) -> str:
@@ -151,7 +157,7 @@ def _pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
 @cache
 def _readers() -> tuple[re.Pattern[str], ...]:
     """One pattern for each sentence that states a key fact, with the kinds as group names."""
-    values = {kind: "(?P<%s>%s)" % (kind, "|".join(map(re.escape, phrases))) for kind, phrases in words.VALUES.items()}
+    values = {kind: f"(?P<{kind}>{'|'.join(map(re.escape, phrases))})" for kind, phrases in words.VALUES.items()}
     sentences = words.EVENTS + words.CAUSES + words.WISHES
     return tuple(
         re.compile(r"\b" + re.sub(r"zz(\w+?)zz", lambda m: values[m[1]], _plain(re.sub(r"\{(\w+)\}", r"zz\1zz", s))) + r"\b")
@@ -171,12 +177,12 @@ def write_data(directory: Path, seed: int, sizes: Mapping[str, int]) -> None:
     """Writes the jsonl files of the three stages; every file has posts of its own, and the same seed gives the same files.
 
     sizes: rows of sft_train, sft_valid, comparisons_train, comparisons_valid, prompts_train and prompts_valid. Posts with a summary are
-    raw TL;DR rows (subreddit, title, post, summary); comparisons are prompt, chosen, rejected as a noisy labeller chose.
+    raw TL;DR rows (subreddit, title, post, summary); comparisons are prompt, responses, scores: rankings by noisy labellers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in sizes.items():
         rng = random.Random(f"{seed} {name}")
-        make = comparison if name.startswith("comparisons") else raw_row
+        make = ranking if name.startswith("comparisons") else raw_row
         lines = [json.dumps(make(rng), ensure_ascii=False) for _ in range(rows)]
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -187,15 +193,27 @@ def raw_row(rng: random.Random) -> dict[str, str]:
     return {"subreddit": post.subreddit, "title": post.title, "post": post.text, "summary": write_summary(post, rng)}
 
 
-def comparison(rng: random.Random, *, noisy: bool = True) -> dict[str, str]:
-    """A prompt with two people's different summaries, the first chosen by a labeller (noisy) or by the gold reward itself."""
+def ranking(rng: random.Random) -> dict[str, Any]:
+    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking."""
+    post = write_post(rng)
+    prompt, summaries = prompt_of(post), list[str]()
+    while len(summaries) < RANKED:
+        summary = write_summary(post, rng)
+        if summary not in summaries:
+            summaries.append(summary)
+    return {"prompt": prompt, "responses": summaries, "scores": impressions(gold([prompt] * RANKED, summaries), rng)}
+
+
+def exact_pair(rng: random.Random) -> tuple[str, str, str]:
+    """(prompt, better, worse): two people's summaries of a post in the order of the gold reward, never equal in it."""
     while True:
         post = write_post(rng)
-        prompt = format_tldr(post.subreddit, post.title, post.text)
-        first, second = write_summary(post, rng), write_summary(post, rng)
+        prompt, first, second = prompt_of(post), write_summary(post, rng), write_summary(post, rng)
         worth = gold([prompt, prompt], [first, second])
-        if first == second or (worth[0] == worth[1] and not noisy):
-            continue
-        chosen = prefers_first(*worth, rng) if noisy else worth[0] > worth[1]
-        pair = (first, second) if chosen else (second, first)
-        return {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
+        if worth[0] != worth[1]:
+            return (prompt, first, second) if worth[0] > worth[1] else (prompt, second, first)
+
+
+def prompt_of(post: Post) -> str:
+    """The post as a TL;DR prompt."""
+    return format_tldr(post.subreddit, post.title, post.text)

@@ -19,7 +19,11 @@ REPORT = {
     "kl_target": 6.0,
     "seconds": {"sft": 61.2, "total": 99.6},
 }
-SAMPLE = {"prompt": f"SUBREDDIT: r/x\n\nTITLE: y\n\nPOST: {EVIL}\n\nTL;DR:", "reference": EVIL, "stages": {"SFT": (EVIL, 0.5), "PPO": (" fine.", 2.25)}}
+SAMPLE = {
+    "prompt": f"SUBREDDIT: r/x\n\nTITLE: y\n\nPOST: {EVIL}\n\nTL;DR:",
+    "reference": EVIL,
+    "stages": {"SFT": (EVIL, 0.5), "PPO": (" fine.", 2.25)},
+}
 CHART = Chart("Loss <1>", "step", "nats & bits", {"<a>": [(0, 1.0), (10, 0.5)], "b": [(0, 2.0), (10, float("nan"))]}, level=("goal", 0.25))
 
 

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.quickstart import evaluate
 from lit_rlhf.quickstart.run import config_file, main, quickstart, settings, stage_command
 
-TINY = {"sft_train": 64, "sft_valid": 8, "comparisons_train": 64, "comparisons_valid": 8, "prompts_train": 32, "prompts_valid": 8, "held_out": 16}
-SHORT = {
-    "ppo": [
-        "--trainer.max_epochs=2",
-        "--model.init_args.batch_size=8",
-        "--model.init_args.sampling.max_new_tokens=8",
-    ]
+TINY = {
+    "sft_train": 64,
+    "comparisons_train": 64,
+    "prompts_train": 32,
+    "sft_valid": 8,
+    "comparisons_valid": 8,
+    "prompts_valid": 8,
+    "held_out": 16,
 }
+SHORT = {"ppo": ["--trainer.max_epochs=2", "--model.init_args.batch_size=8", "--model.init_args.sampling.max_new_tokens=8"]}
 
 
 def test_default_folder_needs_no_overrides():
@@ -32,7 +35,8 @@ def test_another_folder_is_overridden_wherever_the_yaml_names_the_default(tmp_pa
     assert not any("runs/quickstart" in part for part in command)
 
 
-def test_a_short_run_leaves_every_directory_and_the_report(tmp_path, capsys):
+def test_a_short_run_leaves_every_directory_and_the_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "FRESH_PAIRS", 20)
     assert quickstart(tmp_path, 0, TINY, SHORT) == 0
     for where in ("init", "sft/hf", "reward/hf", "ppo/hf/policy", "ppo/hf/value"):
         assert (tmp_path / where / "config.json").is_file() and (tmp_path / where / "tokenizer.json").is_file()

@@ -1,5 +1,6 @@
 """The made-up forum: what it writes, and what the gold reward says of it."""
 
+import itertools
 import json
 import math
 import random
@@ -10,13 +11,13 @@ from hypothesis import strategies as st
 
 from lit_rlhf.data.text import format_tldr
 from lit_rlhf.quickstart import words
-from lit_rlhf.quickstart.world import CARE, comparison, gold, prefers_first, read_post, write_data, write_post, write_summary
+from lit_rlhf.quickstart.world import CARE, exact_pair, gold, impressions, ranking, read_post, write_data, write_post, write_summary
 from lit_rlhf.scoring import FunctionScorer
 
 POST = "My uncle sold my bike. Others would leave at once. It happened during the storm. Nobody touched the guitar. Now I want to move out."
 FACTS = {"who": "uncle", "deed": "sold", "thing": "bike", "cause": "storm", "wish": "move out"}
 
-# (summary, facts right, wrong, fillers, words, strange words, ends): gold = right - wrong - 0.5 fillers - 0.05 words - 0.25 strange - 0.5 open
+# gold = facts right - wrong - 0.5 x fillers - 0.05 x words - 0.25 x strange words - 0.5 where the end is missing
 WORKED = [
     ("my uncle sold my bike after the storm. should I move out?", 4.40),  # 5 - 12 x 0.05
     (" My uncle sold my bike after the storm. should I MOVE OUT?", 4.40),  # case and leading blank do not matter
@@ -86,23 +87,28 @@ def test_people_leave_room_for_a_policy():
 def test_labellers_noise_is_bradley_terry(difference, expected):
     assert CARE == 2
     rng, n = random.Random(2), 4000
-    share = sum(prefers_first(1.3 + difference, 1.3, rng) for _ in range(n)) / n
+    pairs = [impressions([1.3 + difference, 1.3], rng) for _ in range(n)]
+    share = sum(first > second for first, second in pairs) / n
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
 
 
-def test_comparisons_with_and_without_noise():
+def test_exact_pairs_are_in_the_gold_order():
     rng = random.Random(3)
-    exact = [comparison(rng, noisy=False) for _ in range(300)]
-    for pair in exact:
-        better, worse = gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
-        assert better > worse
-    noisy = [comparison(rng) for _ in range(800)]
-    wrong = 0
-    for pair in noisy:
-        better, worse = gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
-        wrong += better < worse
-        assert pair["chosen"] != pair["rejected"]
-    assert 0.06 < wrong / len(noisy) < 0.18
+    for prompt, better, worse in (exact_pair(rng) for _ in range(100)):
+        first, second = gold([prompt] * 2, [better, worse])
+        assert first > second
+
+
+def test_rankings_are_noisy():
+    rng, wrong, pairs = random.Random(4), 0, 0
+    for row in (ranking(rng) for _ in range(150)):
+        assert len(set(row["responses"])) == len(row["scores"]) == 4
+        worth = gold([row["prompt"]] * 4, row["responses"])
+        for i, j in itertools.combinations(range(4), 2):
+            if worth[i] != worth[j]:
+                pairs += 1
+                wrong += (worth[i] > worth[j]) != (row["scores"][i] > row["scores"][j])
+    assert 0.06 < wrong / pairs < 0.2
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path):
@@ -116,4 +122,4 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
     train, held_out = ((tmp_path / "a" / f"{name}.jsonl").read_text().splitlines() for name in ("sft_train", "held_out"))
     assert not set(train) & set(held_out)
     assert list(json.loads(train[0])) == ["subreddit", "title", "post", "summary"]
-    assert list(json.loads((tmp_path / "a" / "comparisons_train.jsonl").read_text().splitlines()[0])) == ["prompt", "chosen", "rejected"]
+    assert list(json.loads((tmp_path / "a" / "comparisons_train.jsonl").read_text().splitlines()[0])) == ["prompt", "responses", "scores"]
