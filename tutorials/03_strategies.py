@@ -76,16 +76,7 @@ config = {
 # %%
 def fit(name, *more):
     """Runs `lit-rlhf fit` with the run's YAML and whatever comes on top, and returns the metrics of each iteration."""
-    logger = [
-        "--trainer.logger",
-        "CSVLogger",
-        "--trainer.logger.save_dir",
-        str(RUNS),
-        "--trainer.logger.name",
-        name,
-        "--trainer.logger.version",
-        "0",
-    ]
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(RUNS), "name": name, "version": 0}}
     command = [sys.executable, "-m", "lit_rlhf", "fit", "--config", str(RUNS / "run.yaml"), *map(str, more)]
     print("lit-rlhf", " ".join(command[3:]).replace(f"{RUNS}/", "").replace(f"{config_dir().parent}/", ""))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUNS), os.environ.get("PYTHONPATH", "")])}  # where my_rewards is found
