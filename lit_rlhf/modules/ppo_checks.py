@@ -27,6 +27,14 @@ def check_settings(ppo: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(ppo, name)}")
     if ppo.kl_target is not None and ppo.kl_target <= 0:
         raise ValueError(f"kl_target must be above 0 nats per response (or null for a fixed coefficient), got {ppo.kl_target}")
+    if ppo.kl_target is not None and ppo.batch_size >= 5 * ppo.kl_horizon:
+        raise ValueError(f"kl_horizon {ppo.kl_horizon} must be more than a fifth of batch_size {ppo.batch_size}, or the coefficient reaches 0")
+    for name, number in (("clip", ppo.clip), ("value_clip", ppo.value_clip), ("score_clip", ppo.shaping.score_clip)):
+        if number is not None and number <= 0:
+            raise ValueError(f"{name} must be above 0, got {number}" + ("" if name == "clip" else "; null switches it off"))
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(ppo.shaping, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(ppo.shaping, name)}")
     if ppo.batch_size % ppo.responses_per_prompt:
         raise ValueError(f"batch_size {ppo.batch_size} must be a multiple of responses_per_prompt {ppo.responses_per_prompt}")
 
@@ -45,6 +53,8 @@ def _check_trainer(ppo: Any, trainer: Any) -> None:
         raise TypeError(
             "PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number"
         )
+    if bool(ppo.ptx_coef) != (getattr(trainer.datamodule, "ptx_data", None) is not None):
+        raise ValueError("ptx_coef needs the rows of PromptDataModule(ptx_data=…), and the rows need a ptx_coef: give both or neither")
     if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
         raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or ppo_epochs")
     if isinstance(trainer.strategy, ModelParallelStrategy) and ppo.num_prompts % trainer.world_size:

@@ -158,7 +158,7 @@ class SFT(L.LightningModule):
 
     def _report(self, stage: str) -> None:
         means = {"loss": self.val_loss, "length": self.val_length, "eos_rate": self.val_eos}
-        values = {name: metric.compute() for name, metric in means.items()} | self.rouge.compute()
+        values = {name: metric.compute() for name, metric in means.items() if metric.update_called} | self.rouge.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         reset_metrics(*means.values(), self.rouge)
 

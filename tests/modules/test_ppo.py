@@ -264,6 +264,9 @@ def vowels(prompts, responses):
         ({"reward_fn": vowels, "minibatches": 0}, "minibatches must be at least 1, got 0"),
         ({"reward_fn": vowels, "sampling": Sampling(temperature=0.0)}, "temperature > 0"),
         ({"reward_fn": 3}, "not something to call"),
+        ({"reward_fn": vowels, "gamma": 1.5}, "gamma must be between 0 and 1, got 1.5"),
+        ({"reward_fn": vowels, "score_clip": -1.0}, "score_clip must be above 0, got -1.0; null switches it off"),
+        ({"reward_fn": vowels, "kl_target": 1.0, "kl_horizon": 100}, "kl_horizon 100 must be more than a fifth of batch_size 512"),
         ({"reward_fn": lambda texts: texts}, "called as reward_fn"),
     ],
 )
@@ -279,6 +282,8 @@ def test_trainer_settings_that_cannot_work_are_refused(fit_ppo, make_trainer, sf
         ValueError, match="8 prompts per iteration cannot be split into minibatches 2 x accumulate_grad_batches 8 x 1 ranks"
     ):
         fit_ppo(accumulate_grad_batches=8)
+    with pytest.raises(ValueError, match="give both or neither"):
+        fit_ppo({"ptx_coef": 1.0})
     with pytest.raises(ValueError, match="context"):
         fit_ppo(data={"max_prompt_tokens": 90}, rows=[{"prompt": "cat " * 89}] * 8)
     with pytest.raises(TypeError, match="PromptDataModule"):
