@@ -35,7 +35,7 @@ def notebook(source: Path) -> Any:
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
-def execute(made: Any, folder: Path, timeout: int = 900) -> Any:
+def execute(made: Any, folder: Path, timeout: int | None = None) -> Any:
     """Runs the notebook in `folder` on one thread and offline; raises CellExecutionError where a cell fails."""
     path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
