@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # three processes, about 25 s of two idle cores
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 
 
