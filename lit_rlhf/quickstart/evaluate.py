@@ -37,10 +37,11 @@ class Summaries:
 
 
 def evaluate(out: Path, sampling: Sampling, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report's numbers, and one row per held-out post: prompt, reference, and each stage's summary with its gold reward."""
+    """The report's numbers, and one row per held-out post: its prompt, and a person's and each stage's summary with the gold reward."""
     rows = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
     references = [row["summary"] for row in rows]
+    people = gold(prompts, references)
     scorer = ModelScorer(ScalarModel.load(str(out / "reward" / "hf")).eval())
     sft = CausalPolicy.load(str(out / STAGES["SFT"])).eval()
     made = {name: summarise(out / where, sft, scorer, prompts, sampling, seed) for name, where in STAGES.items()}
@@ -48,13 +49,14 @@ def evaluate(out: Path, sampling: Sampling, seed: int) -> tuple[dict[str, Any], 
         "seed": seed,
         "posts": len(prompts),
         "stages": [stage_row(name, summaries, references) for name, summaries in made.items()],
-        "people": {"gold": fmean(gold(prompts, references))},
+        "people": {"gold": fmean(people)},
         "ppo_minus_sft": paired(made["PPO"].gold, made["SFT"].gold),
         "reward_accuracy": reward_accuracy(scorer, seed),
     }
+    shown = {"a person": (references, people)} | {name: (s.texts, s.gold) for name, s in made.items()}
     samples = [
-        {"prompt": prompt, "reference": reference, "stages": {name: (s.texts[i], s.gold[i]) for name, s in made.items()}}
-        for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
+        {"prompt": prompts[i], "summaries": {name: (texts[i], worth[i]) for name, (texts, worth) in shown.items()}}
+        for i in range(len(rows))
     ]
     return report, samples
 

@@ -31,7 +31,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 75ch; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: right; }
+th, td { padding: .35rem .7rem; white-space: nowrap; border-bottom: 1px solid var(--rule); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; }
 .grid-of-charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem; }
@@ -66,12 +66,13 @@ def page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], charts
         _verdict(report),
         "<h2>Stages</h2>",
         _stages(report["stages"]),
-        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one, and a little off for filler, words and a '
-        f"missing end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature; ± is "
+        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one and per filler, and a little off for length and '
+        f"a missing end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature; ± is "
         "one standard error. ROUGE compares with one person's summary, good or bad, so it need not rise with the gold reward.</p>",
         "<h2>Training</h2>",
         f'<div class="grid-of-charts">{"".join(charts)}</div>',
         "<h2>Summaries side by side</h2>",
+        '<p class="soft">With the gold reward of each; the first is a person\'s, to which ROUGE compares.</p>',
         *(_sample(sample) for sample in samples[:SHOWN_POSTS]),
         "<h2>Time</h2>",
         _seconds(report["seconds"]),
@@ -107,7 +108,7 @@ def all_charts(read: Mapping[str, Mapping[str, Points]], kl_target: float | None
     """The report's charts from each stage's curves."""
     sft, reward, ppo = (lambda tag, curves=read[stage]: curves.get(tag, []) for stage in ("sft", "reward", "ppo"))
     step, update = "optimiser step", "optimiser step"
-    accuracy = {"training (mean of 10)": smoothed(reward("train/accuracy"), 10), "validation": reward("val/accuracy")}
+    accuracy = {"training": smoothed(reward("train/accuracy"), 10), "validation": reward("val/accuracy")}
     return [
         Chart("SFT: loss", step, "nats per token", {"training": sft("train/loss"), "validation": sft("val/loss")}),
         Chart("SFT: ROUGE", step, "F-measure", {f"ROUGE-{key[5:]}": sft(f"val/{key}") for key in ("rouge1", "rouge2", "rougeL")}),
@@ -142,13 +143,19 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
-    """One post, what a person wrote, and every stage's summary with its gold reward."""
+    """One post, and a person's and every stage's summary with its gold reward."""
     post = split_post(sample["prompt"])
     text = sample["prompt"] if post is None else post.post
-    lines = [f"<dt>a person</dt><dd></dd><dd>{escape(sample['reference'])}</dd>"]
-    for name, (summary, worth) in sample["stages"].items():
-        lines.append(f'<dt>{escape(name)}</dt><dd class="number">{worth:.2f}</dd><dd>{escape(summary.strip())}</dd>')
-    return f"<article><p>{escape(text)}</p><dl>{''.join(lines)}</dl></article>"
+    title = "" if post is None else post.head.partition("TITLE:")[2].removesuffix("POST: ").strip()
+    lines = []
+    for name, (summary, worth) in sample["summaries"].items():
+        lines.append(f'<dt>{escape(name)}</dt><dd class="number">{worth:.2f}</dd><dd>{printable(summary)}</dd>')
+    return f"<article><p><b>{printable(title)}</b> {printable(text)}</p><dl>{''.join(lines)}</dl></article>"
+
+
+def printable(text: str) -> str:
+    """The text for HTML: escaped, with a mark for every control character that a model may have written."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.strip()))
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:

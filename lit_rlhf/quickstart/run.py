@@ -24,7 +24,7 @@ DEFAULT_OUT = "runs/quickstart"  # the folder that the shipped YAML files name
 SIZES = {
     "sft_train": 14400,
     "sft_valid": 128,
-    "comparisons_train": 3200,
+    "comparisons_train": 4500,
     "comparisons_valid": 256,
     "prompts_train": 2048,
     "prompts_valid": 128,

@@ -1,9 +1,9 @@
 """A small made-up forum: posts with five key facts, people who summarise them, and a gold reward known exactly.
 
 The gold reward reads the facts out of the texts, so it holds for any pair of strings: a fact of the post that the summary
-states is worth 1, a false one costs 1, and filler, words and a missing end cost a little. People forget facts, get them
-wrong and ramble; labellers rank summaries by the gold reward with Bradley-Terry noise. A policy that imitates the people
-is therefore far from the best.
+states is worth 1, a false one and a filler cost 1 each, and strange words, length and a missing end cost a little. People
+forget facts, get them wrong and ramble; labellers rank summaries by the gold reward with Bradley-Terry noise. A policy that
+imitates the people is therefore far from the best.
 """
 
 import json
@@ -20,9 +20,10 @@ from lit_rlhf.data.text import format_tldr
 from lit_rlhf.quickstart import words
 
 KINDS = tuple(words.VALUES)
-FACT, FALSEHOOD, FILLER, WORD, STRANGE_WORD, NO_END = 1.0, -1.0, -0.5, -0.05, -0.25, -0.5
+FACT, FALSEHOOD, FILLER, STRANGE_WORD, EXTRA_WORD, NO_END = 1.0, -1.0, -1.0, -0.25, -0.1, -0.5
+ENOUGH = 20  # words; the longest plain summary of all five facts has 15
 LOWEST = -5.0
-CARE = 2.0  # of a labeller: the log-odds of the right choice, per point of gold
+CARE = 2.5  # of a labeller: the log-odds of the right choice, per point of gold
 RANKED = 4  # summaries that a labeller compares at a time
 
 
@@ -48,10 +49,10 @@ class Person:
 
 # (share of all summaries, person)
 PEOPLE = (
-    (0.25, Person(omits=0.05, errs=0.01, rambles=0.05)),
-    (0.35, Person(omits=0.40, errs=0.02, rambles=0.10)),
-    (0.15, Person(omits=0.15, errs=0.15, rambles=0.10)),
-    (0.25, Person(omits=0.15, errs=0.02, rambles=0.80)),
+    (0.25, Person(omits=0.05, errs=0.00, rambles=0.05)),  # careful
+    (0.35, Person(omits=0.40, errs=0.01, rambles=0.10)),  # hasty
+    (0.15, Person(omits=0.15, errs=0.10, rambles=0.10)),  # muddled
+    (0.25, Person(omits=0.15, errs=0.01, rambles=0.80)),  # chatty
 )
 
 
@@ -107,8 +108,8 @@ def _sentences(said: dict[str, str], rng: random.Random, rambles: float) -> str:
 def gold(prompts: list[str], responses: list[str]) -> list[float]:
     """The exact reward of each summary of each post (or TL;DR prompt), between -5 and 5; usable as a `reward_fn`.
 
-    +1 per key fact of the post that the summary states, -1 per value it states that is not a key fact, -0.5 per filler,
-    -0.05 per word, -0.25 more per word nobody in this world uses, -0.5 when it does not end a sentence (or is empty).
+    +1 per key fact of the post that the summary states, -1 per value it states that is not a key fact, -1 per filler, -0.25 per word
+    that nobody in this world uses, -0.1 per word beyond 20, -0.5 when it does not end a sentence (or is empty).
     """
     return [_gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -119,7 +120,7 @@ def _gold(prompt: str, response: str) -> float:
     correct = sum(facts.get(kind) == value for kind, value in stated)
     spoken = text.split()
     reward = FACT * correct + FALSEHOOD * (len(stated) - correct) + FILLER * len(_pattern(words.FILLERS).findall(text))
-    reward += WORD * len(spoken) + STRANGE_WORD * sum(word not in _vocabulary() for word in spoken)
+    reward += STRANGE_WORD * sum(word not in _vocabulary() for word in spoken) + EXTRA_WORD * max(0, len(spoken) - ENOUGH)
     if not response.rstrip().endswith((".", "?")):
         reward += NO_END
     return max(reward, LOWEST)

@@ -20,9 +20,8 @@ REPORT = {
     "seconds": {"sft": 61.2, "total": 99.6},
 }
 SAMPLE = {
-    "prompt": f"SUBREDDIT: r/x\n\nTITLE: y\n\nPOST: {EVIL}\n\nTL;DR:",
-    "reference": EVIL,
-    "stages": {"SFT": (EVIL, 0.5), "PPO": (" fine.", 2.25)},
+    "prompt": f"SUBREDDIT: r/x\n\nTITLE: {EVIL}\n\nPOST: {EVIL}\n\nTL;DR:",
+    "summaries": {"a person": (EVIL, 1.0), "SFT": (EVIL + "\x1b[31m", 0.5), "PPO": (" fine.", 2.25)},
 }
 CHART = Chart("Loss <1>", "step", "nats & bits", {"<a>": [(0, 1.0), (10, 0.5)], "b": [(0, 2.0), (10, float("nan"))]}, level=("goal", 0.25))
 
@@ -54,8 +53,8 @@ def test_chart_places_points_by_hand():
 
 def test_page_escapes_every_text_and_loads_nothing():
     html = page(REPORT, [SAMPLE], [svg(CHART)])
-    assert "<script" not in html and "<b> " not in html
-    assert html.count("&lt;script&gt;") == 4  # stage name, post, reference, summary
+    assert "<script" not in html and "<b> " not in html and "\x1b" not in html
+    assert html.count("&lt;script&gt;") == 5  # stage name, title, post, two summaries
     for outside in ("http", "src=", "href=", "url(", "@import", "//"):
         assert outside not in html
     assert html.count("<svg") == html.count("</svg>") == 1

@@ -17,16 +17,17 @@ from lit_rlhf.scoring import FunctionScorer
 POST = "My uncle sold my bike. Others would leave at once. It happened during the storm. Nobody touched the guitar. Now I want to move out."
 FACTS = {"who": "uncle", "deed": "sold", "thing": "bike", "cause": "storm", "wish": "move out"}
 
-# gold = facts right - wrong - 0.5 x fillers - 0.05 x words - 0.25 x strange words - 0.5 where the end is missing
+# gold = facts right - wrong - fillers - 0.25 x strange words - 0.1 x words beyond 20 - 0.5 where the end is missing
 WORKED = [
-    ("my uncle sold my bike after the storm. should I move out?", 4.40),  # 5 - 12 x 0.05
-    (" My uncle sold my bike after the storm. should I MOVE OUT?", 4.40),  # case and leading blank do not matter
-    ("my uncle sold my bike after the storm. should I move out", 3.90),  # no end: - 0.5
-    ("my uncle sold my stuff.", 1.75),  # 2 - 5 x 0.05
-    ("my uncle sold my guitar.", 0.75),  # 2 - 1 wrong - 5 x 0.05
-    ("my uncle uncle uncle sold my bike.", 2.65),  # a fact counts once: 3 - 7 x 0.05
-    ("basically my uncle sold my bike. thanks for reading.", 1.55),  # 3 - 2 x 0.5 - 9 x 0.05
-    ("my uncle sold my banana.", 1.50),  # 2 - 5 x 0.05 - 1 strange x 0.25
+    ("my uncle sold my bike after the storm. should I move out?", 5.0),
+    (" My uncle sold my bike after the storm. should I MOVE OUT?", 5.0),  # case and leading blank do not matter
+    ("my uncle sold my bike after the storm. should I move out", 4.5),  # no end: - 0.5
+    ("my uncle sold my stuff.", 2.0),
+    ("my uncle sold my guitar.", 1.0),  # 2 - 1 wrong
+    ("my uncle uncle uncle sold my bike.", 3.0),  # a fact counts once
+    ("basically my uncle sold my bike. thanks for reading.", 1.0),  # 3 - 2 fillers
+    ("my uncle sold my banana.", 1.75),  # 2 - 1 strange word x 0.25
+    ("my " * 20 + "uncle sold the bike.", 2.6),  # 3 - 4 words too many x 0.1
     ("", -0.50),  # no end
     ("?", 0.00),  # no word, but an end
 ]
@@ -40,7 +41,7 @@ def test_gold_by_hand(summary, worth):
 def test_gold_reads_the_whole_prompt_and_is_a_reward_fn():
     prompt = format_tldr("advice", "Help me decide", POST)
     scores = FunctionScorer(gold)([prompt, prompt], [WORKED[0][0], WORKED[3][0]], {"reference": ["x", "y"]})
-    assert scores.tolist() == pytest.approx([4.40, 1.75])
+    assert scores.tolist() == pytest.approx([5.0, 2.0])
 
 
 @given(st.text(max_size=400), st.text(max_size=400))
@@ -53,8 +54,8 @@ def test_gold_of_any_two_texts(post, summary):
 def test_gold_of_nonsense_is_low():
     listing = " ".join(value for values in words.VALUES.values() for value in values)
     for text in ("asdf qwer " * 20, POST + POST, listing, "\x00\x1f￿", "." * 1000):
-        assert gold([POST], [text])[0] <= 0.5  # a short true summary is worth 1.75
-    assert gold(["a post from another world"], ["my uncle sold my bike."])[0] == pytest.approx(-3 - 0.25)  # nothing it states is true
+        assert gold([POST], [text])[0] <= 0.5  # a short true summary is worth 2
+    assert gold(["a post from another world"], ["my uncle sold my bike."])[0] == pytest.approx(-3)  # nothing it states is true
 
 
 def test_posts_are_read_back_exactly():
@@ -79,13 +80,13 @@ def test_people_leave_room_for_a_policy():
     rng = random.Random(1)
     posts = [write_post(rng) for _ in range(1000)]
     worth = gold([post.text for post in posts], [write_summary(post, rng) for post in posts])
-    assert 2.0 < sum(worth) / len(worth) < 3.2  # the best summary of a post is worth 4.3 to 4.4
-    assert max(worth) > 4.2
+    assert 2.5 < sum(worth) / len(worth) < 3.7
+    assert max(worth) == 5
 
 
-@pytest.mark.parametrize(("difference", "expected"), [(0.0, 0.5), (0.5, 0.7311), (1.0, 0.8808), (-1.0, 0.1192)])  # sigmoid(2 x difference)
+@pytest.mark.parametrize(("difference", "expected"), [(0.0, 0.5), (0.4, 0.7311), (0.8, 0.8808), (-0.8, 0.1192)])
 def test_labellers_noise_is_bradley_terry(difference, expected):
-    assert CARE == 2
+    assert CARE == 2.5  # the expected shares are sigmoid(2.5 x difference) = sigmoid(1), sigmoid(2), sigmoid(-2)
     rng, n = random.Random(2), 4000
     pairs = [impressions([1.3 + difference, 1.3], rng) for _ in range(n)]
     share = sum(first > second for first, second in pairs) / n
@@ -108,7 +109,7 @@ def test_rankings_are_noisy():
             if worth[i] != worth[j]:
                 pairs += 1
                 wrong += (worth[i] > worth[j]) != (row["scores"][i] > row["scores"][j])
-    assert 0.06 < wrong / pairs < 0.2
+    assert 0.03 < wrong / pairs < 0.12
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path):
