@@ -150,6 +150,7 @@ def server(tmp_path):
 def test_url(server, tmp_path, monkeypatch):
     folder, address = server
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # make test sets it; this server is on the same machine
     write(folder / "x.jsonl.gz", gzip.compress(jsonl(ROWS).encode()))
     url = f"{address}/x.jsonl.gz?download=true"
     assert list(open_source(url)[""].rows()) == [(f"{address}/x.jsonl.gz:1", ROWS[0]), (f"{address}/x.jsonl.gz:2", ROWS[1])]
