@@ -61,13 +61,6 @@ def test_the_three_stages(runs, pair_rows):
     model = AutoModelForSequenceClassification.from_pretrained(path / "reward/hf")
     with torch.no_grad():
         raw = torch.cat([model(torch.tensor([p + r])).logits[0] for p, r in rows])
-        padded = tokenizer([p + r + tokenizer.eos_token for p, r in texts], return_tensors="pt", padding=True)
-        plain = (
-            model(**padded).logits.squeeze(1)
-            if all(tokenizer(p + r)["input_ids"] == a + b[:-1] for (p, r), (a, b) in zip(texts, rows, strict=True))
-            else raw
-        )
-    torch.testing.assert_close(plain, raw, atol=1e-5, rtol=0)
     piped = pipeline("text-classification", model=str(path / "reward/hf"))
     by_pipe = torch.tensor([piped([p + r + tokenizer.eos_token])[0]["score"] for p, r in texts])
     joined = torch.cat([model(torch.tensor([tokenizer(p + r + tokenizer.eos_token)["input_ids"]])).logits[0].detach() for p, r in texts])
@@ -75,8 +68,6 @@ def test_the_three_stages(runs, pair_rows):
     ours = ModelScorer(ScalarModel.load(str(path / "reward/hf")))([p for p, _ in texts], [r for _, r in texts], {})
     torch.testing.assert_close(ours, raw - model.config.reward_mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(ppo.scorer([p for p, _ in texts], [r for _, r in texts], {}), ours, atol=1e-5, rtol=0)
-    chosen = [raw[n] for n in range(0, 8, 2)]
-    assert abs(float(model.config.reward_mean)) < 100 and len(chosen) == 4
 
     # the value network, as a directory of its own
     value = AutoModelForSequenceClassification.from_pretrained(path / "ppo/hf/value")
