@@ -28,7 +28,7 @@ def check_settings(ppo: Any) -> None:
     if ppo.kl_target is not None and ppo.kl_target <= 0:
         raise ValueError(f"kl_target must be above 0 nats per response (or null for a fixed coefficient), got {ppo.kl_target}")
     if ppo.kl_target is not None and ppo.batch_size >= 5 * ppo.kl_horizon:
-        raise ValueError(f"kl_horizon {ppo.kl_horizon} must be more than a fifth of batch_size {ppo.batch_size}, or the coefficient reaches 0")
+        raise ValueError(f"kl_horizon {ppo.kl_horizon} must be over a fifth of batch_size {ppo.batch_size}, or the coefficient reaches 0")
     for name, number in (("clip", ppo.clip), ("value_clip", ppo.value_clip), ("score_clip", ppo.shaping.score_clip)):
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be above 0, got {number}" + ("" if name == "clip" else "; null switches it off"))

@@ -266,7 +266,7 @@ def vowels(prompts, responses):
         ({"reward_fn": 3}, "not something to call"),
         ({"reward_fn": vowels, "gamma": 1.5}, "gamma must be between 0 and 1, got 1.5"),
         ({"reward_fn": vowels, "score_clip": -1.0}, "score_clip must be above 0, got -1.0; null switches it off"),
-        ({"reward_fn": vowels, "kl_target": 1.0, "kl_horizon": 100}, "kl_horizon 100 must be more than a fifth of batch_size 512"),
+        ({"reward_fn": vowels, "kl_target": 1.0, "kl_horizon": 100}, "kl_horizon 100 must be over a fifth of batch_size 512"),
         ({"reward_fn": lambda texts: texts}, "called as reward_fn"),
     ],
 )
