@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", module="lightning")
 
 RUNS = Path("runs/01_three_stages")
 shutil.rmtree(RUNS, ignore_errors=True)
-L.seed_everything(0, verbose=False)  # the one seed: data order, weights of new heads and sampling all follow from it
+_ = L.seed_everything(0, verbose=False)  # the one seed: data order, weights of new heads and sampling all follow from it
 
 # %% [markdown]
 # ## The data: lists of dictionaries
@@ -162,7 +162,7 @@ sft = SFT(
 sft_data = SFTDataModule(demonstrations, val_data=held_out, batch_size=32, val_batch_size=128)
 trainer("sft", max_epochs=2).fit(sft, sft_data)
 
-{name: round(float(value), 3) for name, value in sft.trainer.callback_metrics.items()}
+{name: round(float(value), 3) for name, value in sft.trainer.callback_metrics.items() if name.startswith("val/")}
 
 # %%
 sft.samples[0]
@@ -181,7 +181,7 @@ reward = PairwiseReward(
 reward_data = PairwiseDataModule(comparisons, val_data=held_out_comparisons, batch_size=32, val_batch_size=128)
 trainer("reward", max_epochs=2).fit(reward, reward_data)
 
-{name: round(float(value), 3) for name, value in reward.trainer.callback_metrics.items()}
+{name: round(float(value), 3) for name, value in reward.trainer.callback_metrics.items() if name.startswith("val/")}
 
 # %% [markdown]
 # ## Stage 3: PPO
