@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as hf_logging
 
 from lit_rlhf.sharding import whole
 
@@ -86,9 +87,14 @@ def load_model(
     fits = tokenizer.pad_token_id < (getattr(config, "vocab_size", None) or 0)
     config.pad_token_id = tokenizer.pad_token_id if fits else None  # embeddings with a padding_idx refuse one outside their table
     options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
-    model, info = auto.from_pretrained(
-        path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-    )
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # its report of missing weights would stand beside our own verdict on them
+    try:
+        model, info = auto.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
     _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
     if not dropout:
         disable_dropout(model)
