@@ -66,9 +66,9 @@ def page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], charts
         _verdict(report),
         "<h2>Stages</h2>",
         _stages(report["stages"]),
-        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one and per filler, and a little off for length and '
-        f"a missing end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature; ± is "
-        "one standard error. ROUGE compares with one person's summary, good or bad, so it need not rise with the gold reward.</p>",
+        '<p class="soft">Gold reward: +1 per key fact that the summary states, -1 per false one and per filler, a little off for length or '
+        f"a missing end; {report['people']['gold']:.2f} for the people's own summaries. All stages sample at the training temperature; ± is"
+        " one standard error. ROUGE compares with one person's summary, good or bad, so it need not rise with the gold reward.</p>",
         "<h2>Training</h2>",
         f'<div class="grid-of-charts">{"".join(charts)}</div>',
         "<h2>Summaries side by side</h2>",
