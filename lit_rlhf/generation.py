@@ -82,13 +82,7 @@ def sample(
     ids, logprobs, entropy = (torch.zeros(total, width, dtype=dt, device=device) for dt in (torch.long, torch.float, torch.float))
     lengths, finished = torch.zeros(total, dtype=torch.long, device=device), torch.zeros(total, dtype=torch.bool, device=device)
 
-    prompt_ids, mask = left_padded(prompts)
-    position = (mask.long().cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.lm.config)
-    logits = policy.step(prompt_ids, mask, position, cache).repeat_interleave(num_responses, 0)
-    if num_responses > 1:
-        cache.batch_repeat_interleave(num_responses)
-    mask, position = mask.repeat_interleave(num_responses, 0), position[:, -1].repeat_interleave(num_responses)
+    logits, mask, position, cache = _prefill(policy, prompts, num_responses)
     alive = torch.arange(total, device=device)
     for t in range(width):
         token, logprobs[alive, t], entropy[alive, t] = draw(logits, policy.banned, sampling.temperature, (*key, t), numbers[alive])
@@ -109,12 +103,24 @@ def sample(
         mask, position = torch.cat([mask, mask.new_ones(len(alive), 1)], 1), position + 1
         logits = policy.step(token[:, None], mask, position[:, None], cache)
     while any_rank(policy, False):  # a step of a sharded policy takes all ranks: keep step with those that are not done
-        policy.step(prompt_ids[:1, -1:], mask.new_ones(1, 1), position.new_zeros(1, 1), DynamicCache(config=policy.lm.config))
+        policy.step(ids.new_zeros(1, 1), mask.new_ones(1, 1), position.new_zeros(1, 1), DynamicCache(config=policy.lm.config))
     longest = int(lengths.max())
     response_mask = torch.arange(longest, device=device) < lengths[:, None]
     owner = torch.arange(num_prompts, device=device).repeat_interleave(num_responses)
     batch = prompts.with_responses(ids[:, :longest], response_mask, owner)
     return Sampled(batch, finished, logprobs[:, :longest], entropy[:, :longest], response_texts(policy.tokenizer, batch, sampling.stop))
+
+
+def _prefill(policy: CausalPolicy, prompts: Batch, num_responses: int) -> tuple[Tensor, Tensor, Tensor, DynamicCache]:
+    """Computes the prompts once: next logits (N, V), mask (N, P) and last position (N,) for each of their N responses, and the cache."""
+    ids, mask = left_padded(prompts)
+    position = (mask.long().cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.lm.config)
+    logits = policy.step(ids, mask, position, cache)
+    if num_responses > 1:
+        cache.batch_repeat_interleave(num_responses)
+    logits, mask, position = (x.repeat_interleave(num_responses, 0) for x in (logits, mask, position[:, -1]))
+    return logits, mask, position, cache
 
 
 def draw(logits: Tensor, banned: Tensor, temperature: float, key: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,14 +87,7 @@ def load_model(
     fits = tokenizer.pad_token_id < (getattr(config, "vocab_size", None) or 0)
     config.pad_token_id = tokenizer.pad_token_id if fits else None  # embeddings with a padding_idx refuse one outside their table
     options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # its report of missing weights would stand beside our own verdict on them
-    try:
-        model, info = auto.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-        )
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    model, info = _read(auto, path, config=config, dtype=getattr(torch, dtype), **options)
     _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
     if not dropout:
         disable_dropout(model)
@@ -106,6 +99,16 @@ def load_model(
     elif top >= rows:
         raise ValueError(f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together")
     return model
+
+
+def _read(auto: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """from_pretrained, from safetensors, without its report of missing weights: `_check_missing` gives the verdict on them."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        return auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def _check_missing(model: PreTrainedModel, path: str, missing: list[str], head: str) -> None:
