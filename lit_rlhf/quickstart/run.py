@@ -57,16 +57,18 @@ def quickstart(out: Path, seed: int, sizes: Mapping[str, int] = SIZES, changes: 
         sizes: rows of each data file, see `world.write_data`.
         changes: more command-line arguments of a stage ("sft", "reward", "ppo"), e.g. for a short run in a test.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # else it reports the reward model's new head as missing weights
-    datasets.disable_progress_bars()
+    with quiet():
+        return _run(out, seed, sizes, changes or {})
+
+
+def _run(out: Path, seed: int, sizes: Mapping[str, int], changes: Mapping[str, Sequence[str]]) -> int:
     seconds: dict[str, float] = {}
     with timed(seconds, "world", "the forum, its tokenizer and an untrained model"):
         write_data(out / "data", seed, sizes)
         write_untrained(out / "init", train_tokenizer(sft_texts(out / "data" / "sft_train.jsonl")), seed)
     for stage, what in STAGES.items():
         with timed(seconds, stage, what):
-            code = cli.main(stage_command(stage, out, seed, (changes or {}).get(stage, ())))
+            code = cli.main(stage_command(stage, out, seed, changes.get(stage, ())))
         if code:
             return code
     setting = settings("ppo")["model"]["init_args"]
@@ -123,6 +125,22 @@ def sft_texts(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(TOKENIZER_ROWS), strict=False)]
     return [text for row in rows for text in (format_tldr(row["subreddit"], row["title"], row["post"]), " " + row["summary"])]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, and without transformers' report that the reward model's head is new."""
+    logs = transformers.utils.logging
+    verbosity = logs.get_verbosity()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        logs.enable_progress_bar()
+        datasets.enable_progress_bars()
 
 
 @contextmanager
