@@ -51,7 +51,7 @@ class Person:
 PEOPLE = (
     (0.25, Person(omits=0.05, errs=0.00, rambles=0.05)),  # careful
     (0.35, Person(omits=0.40, errs=0.01, rambles=0.10)),  # hasty
-    (0.15, Person(omits=0.15, errs=0.10, rambles=0.10)),  # muddled
+    (0.15, Person(omits=0.15, errs=0.07, rambles=0.10)),  # muddled
     (0.25, Person(omits=0.15, errs=0.01, rambles=0.80)),  # chatty
 )
 
