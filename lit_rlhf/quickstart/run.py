@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 import yaml
 
@@ -57,6 +58,7 @@ def quickstart(out: Path, seed: int, sizes: Mapping[str, int] = SIZES, changes: 
         sizes: rows of each data file, see `world.write_data`.
         changes: more command-line arguments of a stage ("sft", "reward", "ppo"), e.g. for a short run in a test.
     """
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and the sums, hence the figures, are then the same every time
     with quiet():
         return _run(out, seed, sizes, changes or {})
 
