@@ -93,12 +93,12 @@ def collect(
     rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
     parts = []
-    for index in _groups(prompts, num_responses, sampling.max_new_tokens):
+    for index in _groups(prompts, num_responses):
         part = prompts.select_prompts(index).to(device)
-        parts.append((index, sample(actors.policy, part, sampling, num_responses=num_responses, key=key, rows=[rows[i] for i in index])))
+        parts.append(sample(actors.policy, part, sampling, num_responses=num_responses, key=key, rows=[rows[i] for i in index]))
     temperature = sampling.temperature or 1.0
     rollouts = []
-    for _, sampled in parts:
+    for sampled in parts:
         batch, mask = sampled.batch, sampled.batch.response_mask
         logprobs = in_parts(actors.policy, batch, tokens_per_forward, lambda b: actors.policy(b, temperature=temperature, ban=True)[0])
         ref = in_parts(actors.reference or actors.policy, batch, tokens_per_forward, lambda b: actors.ref_logprobs(b, temperature))
@@ -129,7 +129,7 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
     return scores - scorer(prompts, texts, columns)
 
 
-def _groups(prompts: Batch, num_responses: int, new_tokens: int) -> list[list[int]]:
+def _groups(prompts: Batch, num_responses: int) -> list[list[int]]:
     """The prompts in groups of at most MAX_ROWS responses (one group wherever that suffices)."""
     size = max(1, MAX_ROWS // num_responses)
     return [list(range(at, min(at + size, prompts.num_prompts))) for at in range(0, prompts.num_prompts, size)]

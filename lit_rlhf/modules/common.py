@@ -1,5 +1,6 @@
 """What the three modules share, as functions and small objects: they have no common parent."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -32,8 +33,6 @@ def record(module: L.LightningModule, sampling: Sampling | None = None) -> None:
 
 
 def _caller() -> Any:
-    import inspect
-
     return inspect.currentframe().f_back.f_back  # type: ignore[union-attr]
 
 
@@ -106,8 +105,3 @@ def reset_metrics(*metrics: Metric) -> None:
     with torch.inference_mode(False):
         for metric in metrics:
             metric.reset()
-
-
-def set_train(network: nn.Module) -> None:
-    """Puts a network in training mode; Hugging Face loads in eval mode and Lightning leaves it there."""
-    network.train()

@@ -144,7 +144,8 @@ class PairwiseReward(L.LightningModule):
     def _evaluate(self, batch: Batch, batch_idx: int) -> None:
         scalars = self.network(batch)
         scores, (first, second) = score_of(scalars, batch.response_mask), batch.pairs.unbind(1)
-        self.val_loss.update(self._loss(batch, scalars, None)[0], weight=len(first))
+        units = batch.prompt_of[first].unique() if self.loss == "ranking" else first  # what the loss is a mean over
+        self.val_loss.update(self._loss(batch, scalars, None)[0], weight=len(units))
         owner = batch.prompt_of[first].tolist()
         groups = {name: [values[m] for m in owner] for name, values in group_columns(batch.columns).items()}
         self.accuracy.update(scores[first], scores[second], groups)
