@@ -50,9 +50,9 @@ class Person:
 # (share of all summaries, person)
 PEOPLE = (
     (0.25, Person(omits=0.05, errs=0.00, rambles=0.05)),  # careful
-    (0.35, Person(omits=0.40, errs=0.01, rambles=0.10)),  # hasty
-    (0.15, Person(omits=0.15, errs=0.07, rambles=0.10)),  # muddled
-    (0.25, Person(omits=0.15, errs=0.01, rambles=0.80)),  # chatty
+    (0.35, Person(omits=0.40, errs=0.005, rambles=0.10)),  # hasty
+    (0.15, Person(omits=0.15, errs=0.04, rambles=0.10)),  # muddled
+    (0.25, Person(omits=0.15, errs=0.005, rambles=0.80)),  # chatty
 )
 
 
