@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
-from lit_rlhf.sharding import whole
+from lit_rlhf.sharding import plain_name, whole, whole_state
 
 
 def check_source(path: str) -> str:
@@ -222,10 +222,10 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict with every adapter added into its layer's weight, under the plain model's keys."""
-    state = {k: whole(v.detach()) for k, v in model.state_dict().items()}
+    state = whole_state(model)
     if not has_adapter(model):
         return state
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    layers = {plain_name(name): module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
     for name, layer in layers.items():
         weight = plain[f"{name}.weight"]

@@ -16,6 +16,7 @@ from lit_rlhf.data.text import tidy_response
 from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
+from lit_rlhf.sharding import most
 
 MAX_ROWS = 256
 
@@ -92,8 +93,9 @@ def collect(
     """
     rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
-    parts = []
-    for index in _groups(prompts, num_responses):
+    groups, parts = _groups(prompts, num_responses), []
+    for turn in range(most(actors.policy, len(groups))):
+        index = groups[turn] if turn < len(groups) else groups[0][:1]  # keeps step with the ranks that have more groups
         part = prompts.select_prompts(index).to(device)
         parts.append(sample(actors.policy, part, sampling, num_responses=num_responses, key=key, rows=[rows[i] for i in index]))
     temperature = sampling.temperature or 1.0
@@ -103,10 +105,12 @@ def collect(
         logprobs = in_parts(actors.policy, batch, tokens_per_forward, lambda b: actors.policy(b, temperature=temperature, ban=True)[0])
         ref = in_parts(actors.reference or actors.policy, batch, tokens_per_forward, lambda b: actors.ref_logprobs(b, temperature))
         values = torch.zeros_like(ref) if actors.value is None else in_parts(actors.value, batch, tokens_per_forward)[:, :-1] * mask
-        scores = score_texts(actors.scorer, batch, sampled.texts, subtract_reference)
-        made = (sampled.finished, logprobs, sampled.logprobs, ref, values, sampled.entropy * mask, scores)
+        made = (sampled.finished, logprobs, sampled.logprobs, ref, values, sampled.entropy * mask, logprobs.new_zeros(len(mask)))
         rollouts.append(Rollout(batch.to("cpu"), sampled.texts, *(x.float().cpu() if x.is_floating_point() else x.cpu() for x in made)))
-    return join_rollouts(rollouts)
+    rollout = join_rollouts(rollouts[: len(groups)])
+    # Last and once: a reward that raises on one rank leaves no other rank waiting in a network's forward.
+    rollout.scores = score_texts(actors.scorer, rollout.batch, rollout.texts, subtract_reference).float().cpu()
+    return rollout
 
 
 def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_reference: bool = False) -> Tensor:

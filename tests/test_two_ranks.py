@@ -1,4 +1,4 @@
-"""Two gloo ranks under DDP give one process's texts, losses, metrics and weights, in all three stages."""
+"""Two gloo ranks under DDP, FSDP2 and FSDP1 give one process's texts, losses, metrics and weights, in all three stages."""
 
 import os
 import socket
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow  # three processes, about 25 s of two idle cores
+pytestmark = pytest.mark.slow  # three processes, about 40 s of two idle cores
 SCRIPT = Path(__file__).parent / "two_ranks.py"
+STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
 def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
@@ -38,8 +39,8 @@ def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, sft_dir, reward_dir) -> list[dict]:
-    """What one process, rank 0 of two and rank 1 of two found."""
+def runs(tmp_path_factory, sft_dir, reward_dir) -> dict[str, list[dict]]:
+    """What one process found ("one"), and for each strategy what its two ranks did."""
     path = tmp_path_factory.mktemp("ranks")
     processes = start(1, [sft_dir, reward_dir, str(path / "one")]) + start(2, [sft_dir, reward_dir, str(path / "two")])
     try:
@@ -49,35 +50,47 @@ def runs(tmp_path_factory, sft_dir, reward_dir) -> list[dict]:
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(path / name, weights_only=True) for name in ("one.0", "two.0", "two.1")]
+    one, *two = [torch.load(path / name, weights_only=True) for name in ("one.0", "two.0", "two.1")]
+    return one | {name: [rank[name] for rank in two] for name in STRATEGIES}
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_losses_metrics_and_weights(runs, stage):
-    one = runs[0][stage]
-    assert len(one["steps"]) == 4 and one["steps"][0] != one["steps"][1]
-    for rank in runs[1:]:
-        difference = float((rank[stage]["weights"] - one["weights"]).abs().max())
-        print(f"\n{stage}: weights differ by {difference:.1e}")
-        assert difference < 1e-5
-        for a, b in zip(rank[stage]["steps"], one["steps"], strict=True):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_metrics_and_weights(runs, strategy, stage):
+    """After 6 optimiser steps, which for PPO are 3 iterations."""
+    one, ranks = runs["one"][stage], [rank[stage] for rank in runs[strategy]]
+    assert len(one["steps"]) == 6 and one["steps"][0] != one["steps"][1]
+    difference = float((ranks[0]["weights"] - one["weights"]).abs().max())
+    print(f"\n{strategy} {stage}: weights differ by {difference:.1e}")
+    assert difference < 1e-5
+    for rank in ranks:
+        for a, b in zip(rank["steps"], one["steps"], strict=True):
             assert a == pytest.approx(b, abs=1e-5)
-        assert rank[stage]["validation"] == pytest.approx(one["validation"], abs=1e-5)
+        assert rank["validation"] == pytest.approx(one["validation"], abs=1e-5)
 
 
-def test_texts(runs):
-    one = runs[0]["ppo"]
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_the_gradients_were_clipped(runs, stage):
+    """A strategy that clipped by each rank's own part of the norm would therefore have moved the weights elsewhere."""
+    assert sum(norm > 2 * 0.5 for norm in runs["one"][stage]["norms"]) >= 3, runs["one"][stage]["norms"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_texts(runs, strategy):
+    one, ranks = runs["one"]["ppo"], [rank["ppo"] for rank in runs[strategy]]
     assert len(set(one["texts"])) > 8
-    assert all(rank["ppo"]["texts"] == one["texts"] for rank in runs[1:])
-    assert sorted(runs[1]["ppo"]["samples"] + runs[2]["ppo"]["samples"]) == one["samples"]
+    assert all(rank["texts"] == one["texts"] for rank in ranks)
+    assert sorted(ranks[0]["samples"] + ranks[1]["samples"]) == one["samples"]
 
 
-def test_the_mean_over_references(runs):
-    assert [rank["reward"]["mean"] for rank in runs[1:]] == pytest.approx([runs[0]["reward"]["mean"]] * 2, abs=1e-5)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_mean_over_references(runs, strategy):
+    assert [rank["reward"]["mean"] for rank in runs[strategy]] == pytest.approx([runs["one"]["reward"]["mean"]] * 2, abs=1e-5)
 
 
-def test_a_reward_that_raises_on_one_rank_stops_both(runs):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_reward_that_raises_on_one_rank_stops_both(runs, strategy):
     """No rank waits for the other's rollout until a time-out; both name the prompt."""
-    for rank in runs:
+    for rank in (runs["one"], *runs[strategy]):
         assert "reward function reward_fn raised KeyError: 'lexicon'" in rank["failing"] and "prompt 0: " in rank["failing"]
-    assert "rank 1" in runs[1]["failing"]
+    assert "rank 1" in runs[strategy][0]["failing"]

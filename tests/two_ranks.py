@@ -1,4 +1,4 @@
-"""One rank of a run of all three stages under DDP, or the whole run in one process; test_two_ranks.py starts it.
+"""One rank of runs of all three stages under DDP, FSDP2 and FSDP1, or the whole run in one process; test_two_ranks.py starts it.
 
 Usage: two_ranks.py RANKS SFT_DIR REWARD_DIR OUT.pt (with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does).
 """
@@ -10,9 +10,10 @@ import tempfile
 import datasets
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from strategy_zoo import strategy
 
 from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
+from lit_rlhf.sharding import gathered
 
 WORDS = "the cat sat on a mat and then it ate my hat".split()
 COMMON = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05), "scheduler": Schedule("constant")}
@@ -26,25 +27,34 @@ ROWS = [{"prompt": words(i, 3 + i % 5), "label": words(i + 1, 1 + i % 6)} for i 
 PAIRS = [{"prompt": words(i, 3 + i % 5), "chosen": words(i, 1 + i % 6), "rejected": words(i + 2, 2 + i % 3)} for i in range(16)]
 
 
-def trainer(ranks: int) -> L.Trainer:
-    more = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": ranks} if ranks > 1 else {"devices": 1}
+def trainer(name: str, **more) -> L.Trainer:
+    """A Trainer of one process ("one") or of both ranks under a strategy, clipping the gradients' norm."""
+    more = (
+        ({"devices": 1} if name == "one" else {"strategy": strategy(name), "devices": 2})
+        | {"max_steps": 6, "gradient_clip_val": 0.5}
+        | more
+    )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", max_steps=4, num_sanity_val_steps=0, accumulate_grad_batches=2, **more, **quiet)
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, accumulate_grad_batches=2, **more, **quiet)
 
 
 def watched(kind: type, key: str) -> type:
-    """The module class, writing down every optimiser step's metrics."""
+    """The module class, writing down every optimiser step's metrics, and in one process the norm of its gradient before clipping."""
 
     class Watched(kind):
         def log_dict(self, metrics, *args, **kwargs):
             if any(name.startswith(key) for name in metrics):
                 self.seen = [*getattr(self, "seen", []), {name: float(x) for name, x in metrics.items()}]
+                if self.trainer.world_size == 1:
+                    grads = [p.grad.flatten() for p in self.parameters() if p.grad is not None]
+                    self.norms = [*getattr(self, "norms", []), float(torch.cat(grads).norm())]
             super().log_dict(metrics, *args, **kwargs)
 
     return Watched
 
 
-def run(ranks: int, sft_dir: str, reward_dir: str) -> dict:
+def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
+    """What the three stages did: 6 optimiser steps each, which for PPO are 3 iterations."""
     sampling = Sampling(8, 1.0)
     stages = {
         "sft": (watched(SFT, "train/")(sft_dir, sampling=sampling, **COMMON), SFTDataModule(ROWS, val_data=ROWS[:6], batch_size=8)),
@@ -65,13 +75,15 @@ def run(ranks: int, sft_dir: str, reward_dir: str) -> dict:
     }
     found = {}
     for name, (module, data) in stages.items():
-        fit = trainer(ranks)
+        fit = trainer(strategy_name)
         fit.fit(module, datamodule=data)
-        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
         validation = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
-        found[name] = {"weights": weights, "steps": module.seen, "validation": validation}
+        found[name] = {"steps": module.seen, "norms": getattr(module, "norms", []), "validation": validation}
+        networks = module.export_networks().values()
+        with gathered(fit.model) as mine:
+            if mine:
+                found[name]["weights"] = torch.cat([x.float().flatten() for network in networks for x in network.weights().values()])
         if name == "reward":
-            module.export_networks()
             found[name]["mean"] = float(module.network.mean)
         if name == "ppo":
             found[name]["texts"] = module.tokenizer.batch_decode(list(module.experience.batch.response_ids))
@@ -79,16 +91,16 @@ def run(ranks: int, sft_dir: str, reward_dir: str) -> dict:
     return found
 
 
-def failing(ranks: int, sft_dir: str) -> str:
+def failing(strategy_name: str, sft_dir: str) -> str:
     """What this rank says when the reward function raises on the last rank alone."""
 
     def reward_fn(prompts, responses):
-        if int(os.environ.get("RANK", 0)) == ranks - 1:
+        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             raise KeyError("lexicon")
         return [0.0] * len(prompts)
 
     try:
-        trainer(ranks).fit(
+        trainer(strategy_name).fit(
             PPO(sft_dir, reward_fn=reward_fn, batch_size=8, sampling=Sampling(4, 1.0)),
             datamodule=PromptDataModule(ROWS, max_prompt_tokens=64),
         )
@@ -102,6 +114,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = cache
-        result = run(ranks, sft_dir, reward_dir)
-        result["failing"] = failing(ranks, sft_dir)
+        names = ["one"] if ranks == 1 else ["ddp", "fsdp2", "fsdp1"]
+        result = {name: run(name, sft_dir, reward_dir) | {"failing": failing(name, sft_dir)} for name in names}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

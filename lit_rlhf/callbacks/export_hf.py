@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_rlhf.sharding import gathered
+
 
 class ExportHF(Callback):
     """Writes `pl_module.export_networks()` to `dirpath` when `monitor` improves (mode max or min), or at the end of the fit without one.
@@ -74,7 +76,8 @@ class ExportHF(Callback):
     def export(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Writes the directory from rank 0 (call it on every rank); raises on every rank what went wrong there."""
         networks, failure = pl_module.export_networks(), None
-        weights = {name: network.weights() for name, network in networks.items()}
+        with gathered(trainer.model) as mine:
+            weights = {name: network.weights() for name, network in networks.items()} if mine else {}
         if trainer.is_global_zero:
             try:
                 _replace(self.dirpath, networks, weights)

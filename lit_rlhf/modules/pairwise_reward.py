@@ -16,7 +16,8 @@ from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimi
 from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.sharding import shard
+from lit_rlhf.sharding import clip_gradients, full_params, shard
+from lit_rlhf.strategies import check_strategy
 
 MAX_GROUPS = 50
 
@@ -85,6 +86,9 @@ class PairwiseReward(L.LightningModule):
         """What the data counts as the divisor of the loss."""
         return "prompts" if self.loss == "ranking" else "pairs"
 
+    def setup(self, stage: str) -> None:
+        check_strategy(self)
+
     def configure_model(self) -> None:
         if self.network is None:
             reseed(0)  # the head is drawn from the run's seed
@@ -93,6 +97,11 @@ class PairwiseReward(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.network.parameters())}], self.optimizer, self.scheduler)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         self.network.train()
@@ -174,7 +183,7 @@ class PairwiseReward(L.LightningModule):
     def _mean_reference_score(self) -> float:
         """The mean score (after the mean set so far) over the data module's references, all ranks together."""
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):
             for batch in self.trainer.datamodule.reference_batches(self.reference_rows):
                 scores = score_of(self.network(batch := batch.to(self.device)), batch.response_mask)
                 total += torch.stack([scores.double().sum(), torch.tensor(float(len(scores)), dtype=torch.float64, device=self.device)])

@@ -27,7 +27,7 @@ from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.rollout import Actors, RunningMoments, Shaping, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer
-from lit_rlhf.sharding import shard
+from lit_rlhf.sharding import clip_gradients, full_params, saves_shards, shard
 
 
 class PPO(L.LightningModule):
@@ -206,6 +206,11 @@ class PPO(L.LightningModule):
     def actors(self) -> Actors:
         return Actors(self.policy, self.reference, self.value, self.scorer)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_fit_start(self) -> None:
         self.policy.train()
         self.value.train()
@@ -221,7 +226,7 @@ class PPO(L.LightningModule):
         if self.position >= self.items:
             self.iteration, self.position, self.experience = self.iteration + 1, 0, None
         if self.experience is None:
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):
                 self._collect()
 
     def _collect(self) -> None:
@@ -354,7 +359,7 @@ class PPO(L.LightningModule):
     # Checkpoints: counters and moments; frozen networks are left out
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = ("reference.", "scorer.")
+        frozen = () if saves_shards(self.trainer) else ("reference.", "scorer.")
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(frozen)}
         checkpoint["ppo"] = {name: getattr(self, name) for name in ("iteration", "position", "episodes", "kl_coef")}
         if 0 < self.position < self.items:  # in mid-iteration; every rank holds the whole experience

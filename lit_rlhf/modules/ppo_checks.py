@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-
 from lit_rlhf.pretrained import check_source
 from lit_rlhf.scoring import check_reward_fn
+from lit_rlhf.strategies import check_strategy
 
 
 def check_settings(ppo: Any) -> None:
@@ -41,6 +40,7 @@ def check_settings(ppo: Any) -> None:
 
 def check_run(ppo: Any, stage: str) -> None:
     """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO."""
+    check_strategy(ppo)
     if stage == "fit":
         _check_trainer(ppo, ppo.trainer)
     new, limit = ppo.sampling.max_new_tokens, ppo.context_length
@@ -57,10 +57,6 @@ def _check_trainer(ppo: Any, trainer: Any) -> None:
         raise ValueError("ptx_coef needs the rows of PromptDataModule(ptx_data=…), and the rows need a ptx_coef: give both or neither")
     if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
         raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or ppo_epochs")
-    if isinstance(trainer.strategy, ModelParallelStrategy) and ppo.num_prompts % trainer.world_size:
-        raise ValueError(
-            f"under a sharded strategy the {ppo.num_prompts} prompts per iteration must be a multiple of the {trainer.world_size} ranks"
-        )
     parts = ppo.minibatches * trainer.accumulate_grad_batches * trainer.world_size
     if ppo.num_prompts < parts:
         raise ValueError(

@@ -18,7 +18,8 @@ from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampli
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.sharding import shard
+from lit_rlhf.sharding import clip_gradients, shard
+from lit_rlhf.strategies import check_strategy
 
 
 class SFT(L.LightningModule):
@@ -90,6 +91,9 @@ class SFT(L.LightningModule):
     def context_length(self) -> int | None:
         return context_length_of(self.model, revision=self.loading["revision"], trust_remote_code=self.loading["trust_remote_code"])
 
+    def setup(self, stage: str) -> None:
+        check_strategy(self)
+
     def configure_model(self) -> None:
         if self.policy is None:
             network = CausalPolicy.load(self.model, tokenizer=self.tokenizer, dropout=self.dropout, **self.loading)
@@ -97,6 +101,11 @@ class SFT(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.policy.parameters())}], self.optimizer, self.scheduler)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         self.policy.train()
