@@ -19,6 +19,8 @@ _HOME = {
     "Batch": "batch",
     "Schedule": "optim",
     "ExportHF": "callbacks",
+    "CheckpointGuard": "callbacks",
+    "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
     "JSONLWriter": "callbacks",
     "PipelineReward": "scoring",

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 import lit_rlhf.callbacks
 import lit_rlhf.data
 import lit_rlhf.modules  # with the other two: YAML may then say `class_path: PPO` without a path
-from lit_rlhf.callbacks import JSONLWriter, LeanProgressBar
+from lit_rlhf.callbacks import CheckpointGuard, JSONLWriter, LeanProgressBar
+from lit_rlhf.checkpoint_io import AtomicCheckpointIO, newest
 from lit_rlhf.cli_errors import one_line, parameter_names
 from lit_rlhf.generation import Sampling
 from lit_rlhf.optim import Schedule
@@ -67,7 +70,7 @@ class CLI(LightningCLI):
         """Does nothing, where Lightning puts the checkpoint's values over the user's (a private name, pinned by a test)."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds, unless the user's `trainer.callbacks` has one of its kind: the lean progress bar, and JSONLWriter for `predict`."""
+        """Adds, unless the user gives one of its kind: progress bar, JSONLWriter for `predict`, checkpoints that are whole or absent."""
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -75,14 +78,33 @@ class CLI(LightningCLI):
             callbacks.append(LeanProgressBar())
         if self.subcommand == "predict" and not any(isinstance(c, JSONLWriter) for c in callbacks):
             callbacks.append(JSONLWriter())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        saves = given["enable_checkpointing"] is not False and self.subcommand == "fit"
+        if saves and not any(isinstance(c, CheckpointGuard) for c in callbacks):
+            callbacks.append(CheckpointGuard())
+        plugins = given["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(p, CheckpointIO) for p in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Leaves the run to `main`, which reports errors of setting up and of running differently."""
 
     def run(self) -> None:
-        """Runs the subcommand that was parsed."""
+        """Runs the subcommand that was parsed; `--ckpt_path last` takes the newest checkpoint of the run that can be read."""
+        config = self.config_init[str(self.subcommand)]
+        if config.get("ckpt_path") == "last":
+            config["ckpt_path"] = self.last_checkpoint()
         super()._run_subcommand(str(self.subcommand))
+
+    def last_checkpoint(self) -> str | None:
+        """The newest readable checkpoint in the folders of the ModelCheckpoints, or below default_root_dir where those name none."""
+        named = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        folders = [Path(folder or self.trainer.default_root_dir) for folder in named] or [Path(self.trainer.default_root_dir)]
+        found = newest(folder for folder in folders if folder.is_dir())
+        if found is None:
+            rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders))} yet, so the run starts from the beginning")
+        return str(found) if found else None
 
 
 def build(args: Sequence[str], cli_class: type[CLI] = CLI) -> CLI:

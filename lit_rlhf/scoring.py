@@ -7,6 +7,7 @@ names the prompt.
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,25 +27,51 @@ class FunctionScorer(nn.Module):
 
     Args:
         fn: called once a rank and rollout with texts; `check_reward_fn` says at once whether it can be.
+        timeout: seconds that a call may take before RuntimeError; it then runs in a thread of its own.
     """
 
-    def __init__(self, fn: RewardFn) -> None:
+    def __init__(self, fn: RewardFn, *, timeout: float | None = None) -> None:
         super().__init__()
         if isinstance(fn, Pipeline):
             fn = PipelineReward(fn)
         check_reward_fn(fn)
         self.fn = fn
         self.name = getattr(fn, "__name__", type(fn).__name__)
+        self.timeout = timeout
 
     def forward(self, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Tensor:
         """Scores (N,) float32. Raises ValueError or TypeError naming the prompt for a wrong count, NaN, infinity or a non-number."""
         try:
-            scores = self.fn(prompts, responses, **accepted_columns(self.fn, columns))
+            taken = accepted_columns(self.fn, columns)
+            scores = within(self.timeout, lambda: self.fn(prompts, responses, **taken))
         except Exception as error:
             raise RuntimeError(
                 f"reward function {self.name} raised {type(error).__name__}: {error} (called with {_where(prompts, 0)})"
             ) from error
         return checked(scores, prompts, f"reward function {self.name}")
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises; TimeoutError where it takes longer: a thread cannot be stopped, so the call ends with the process."""
+    if seconds is None:
+        return call()
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                outcome.extend((True, call()))
+        except BaseException as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run, name="reward", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"it took longer than reward_timeout, {seconds:g} s")
+    if not outcome[0]:
+        raise outcome[1]
+    return outcome[1]
 
 
 class ModelScorer(nn.Module):

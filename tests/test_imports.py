@@ -10,9 +10,9 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional"},
-    {"batch", "layout", "networks", "pretrained", "metrics", "optim", "sharding", "strategies"},
+    {"batch", "layout", "networks", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"},
     {"generation", "scoring", "data"},
-    {"rollout"},
+    {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors"},
     {"quickstart.run"},  # drives the command line

@@ -115,19 +115,19 @@ class StepLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from, and what that depends on."""
         now = {"epoch": self.epoch, "position": self.position, "end": self.limit}
-        return now | {"accumulate": self.accumulate, "batch_size": self.batch_size, "rows": len(self.lengths)}
+        return now | {"accumulate": self.accumulate, "batch_size": self.batch_size, "rows": len(self.lengths), "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch handed out last; a ValueError where the rows or the batch size differ in the middle of an epoch."""
+        """Continue after the batch handed out last; ValueError where rows, batch size or seed differ in the middle of an epoch."""
         if not state:
             return
         ended = state["position"] >= state["end"]
-        now = {"rows": len(self.lengths), "batch_size": self.batch_size}
+        now = {"rows": len(self.lengths), "batch_size": self.batch_size, "seed": self.seed}
         changed = [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
         if changed and not ended and state["position"] > 0:
             raise ValueError(
                 f"the checkpoint is from the middle of epoch {state['epoch']} (batch {state['position']}), and {', '.join(changed)}: "
-                "resume with the same data and batch_size, or start from an exported directory"
+                "resume with the same data, batch_size and seed, from a checkpoint at the end of an epoch, or from an exported directory"
             )
         self.epoch, self._resumed = state["epoch"], True
         if ended or changed:

@@ -9,9 +9,13 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lit_rlhf.checkpoints import group_settings
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.generation import Sampling
 from lit_rlhf.optim import fix_max_steps
@@ -58,8 +62,9 @@ def optimizers(module: L.LightningModule, groups: list[dict[str, Any]], optimize
     """Lightning's optimizer dictionary: one optimizer over the groups, its schedule over the whole run, stepped every update."""
     groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     built: Optimizer = optimizer(groups)
-    total = fix_max_steps(module.trainer)
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built, total), "interval": "step"}}
+    schedule = scheduler(built, fix_max_steps(module.trainer))
+    module.run.groups = group_settings(built)  # type: ignore[union-attr]
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def group_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -98,6 +103,40 @@ class StepMeter:
             for name, value in stats.items():
                 dist.all_reduce(value, dist.ReduceOp.MAX if "max" in name else dist.ReduceOp.SUM)
         return {prefix + name: value for name, value in stats.items()}
+
+
+def step_stats(module: Any, prefix: str, where: str = "") -> dict[str, Tensor]:
+    """The finished optimiser step's stats over all ranks with its gradient norm; call it on every rank in `on_before_optimizer_step`.
+
+    Raises RuntimeError on all ranks where one of them is not finite: the weights and the files are still those of the step before.
+    where: what its message says beside the step's number.
+    """
+    stats = module.meter.pop(prefix) | {f"{prefix}grad_norm": grad_norm(module)}
+    wrong = [name for name, value in stats.items() if not torch.isfinite(value).all()]
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    if scaler is not None and wrong == [f"{prefix}grad_norm"]:
+        return stats  # float16: the scaler skips such a step and lowers its scale
+    if wrong:
+        seen = ", ".join(f"{name.removeprefix(prefix)} {float(value):.4g}" for name, value in stats.items())
+        raise RuntimeError(
+            f"step {module.trainer.global_step}{where}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite, so "
+            f"the run stops before this step changes any weight ({seen}). The checkpoints are sound: lower the learning rate, clip "
+            "gradients (trainer.gradient_clip_val), or look at this step's rows, and go on with --ckpt_path last"
+        )
+    return stats
+
+
+def grad_norm(module: Any) -> Tensor:
+    """The 2-norm of all gradients before any clipping, over all shards."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = get_total_norm(grads) if grads else torch.zeros((), device=module.device)
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    if isinstance(module.trainer.model, FullyShardedDataParallel):  # each rank has a part of every gradient
+        squared = norm.float().square().to(module.device)
+        dist.all_reduce(squared)
+        return squared.sqrt()
+    return norm
 
 
 def reset_metrics(*metrics: Metric) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch
+from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
 from lit_rlhf.metrics import PairAccuracy
-from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed, reset_metrics
+from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed, reset_metrics, step_stats
 from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -67,7 +68,8 @@ class PairwiseReward(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.network: ScalarModel | None = None
         self.accuracy, self.val_loss = PairAccuracy(), MeanMetric()
-        self.meter = StepMeter()
+        self.meter, self.run = StepMeter(), RunRecord()
+        self.strict_loading = False  # weights that do not train are not in our checkpoints
         self.samples: list[dict[str, Any]] = []
         self._tokenizer: Any = None
 
@@ -94,6 +96,7 @@ class PairwiseReward(L.LightningModule):
             reseed(0)  # the head is drawn from the run's seed
             network = ScalarModel.load(self.model, head="new", tokenizer=self.tokenizer, **self.source, **self.loading)
             self.network = shard(network, self._trainer)
+            self.run.fingerprints = {"model": fingerprint(self.model, self.source["revision"])}
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.network.parameters())}], self.optimizer, self.scheduler)
@@ -107,7 +110,8 @@ class PairwiseReward(L.LightningModule):
         self.network.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        reseed(self.trainer.global_step, batch_idx, self.global_rank)
+        micro = self.run.begin(self.trainer, batch_idx)
+        reseed(self.trainer.global_step, micro, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, stats = self._loss(batch, self.network(batch), batch.count)
@@ -115,7 +119,16 @@ class PairwiseReward(L.LightningModule):
         return loss * loss_scale(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.log_dict(self.meter.pop("train/"), prog_bar=True)
+        self.log_dict(step_stats(self, "train/", f", epoch {self.trainer.current_epoch}"), prog_bar=True)
+
+    def on_train_start(self) -> None:
+        settle(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load(self, checkpoint)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx)

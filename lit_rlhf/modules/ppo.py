@@ -15,19 +15,32 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch, Experience
+from lit_rlhf.checkpoints import RunRecord, settle
+from lit_rlhf.collapse import CollapseWatch, sign_stats, signs
 from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
 from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reset_metrics
-from lit_rlhf.modules.ppo_checks import check_run, check_settings
+from lit_rlhf.modules.common import (
+    PREDICTION,
+    VALIDATION,
+    StepMeter,
+    as_sampling,
+    loss_scale,
+    optimizers,
+    record,
+    reset_metrics,
+    step_stats,
+)
+from lit_rlhf.modules.ppo_checks import check_run, check_settings, load_value
+from lit_rlhf.modules.ppo_state import Journal, load_state, save_state, source_fingerprints, warn_stopped, where
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.rollout import Actors, RunningMoments, Shaping, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer
-from lit_rlhf.sharding import clip_gradients, full_params, saves_shards, shard
+from lit_rlhf.sharding import clip_gradients, full_params, shard
 
 
 class PPO(L.LightningModule):
@@ -60,6 +73,10 @@ class PPO(L.LightningModule):
         no_eos_score: replaces the score of a response that did not end; "auto" is -1 for reward models and none for functions.
         reward_baseline: "mean" (the reward model's `reward_mean`), "reference" (the score of the post's own reference, as trlX) or "none".
         score_clip: cut scores to +-this. scale_scores: divide them by their running standard deviation.
+        max_kl_per_iteration: where an update's `ppo/approx_kl` (nats per token, from the policy that sampled) lies above this, it and the
+            iteration's later updates change nothing, and a warning says so.
+        collapse_patience: after how many iterations of collapsed responses in a row the run stops (`lit_rlhf.collapse`); None: never.
+        reward_timeout: seconds that one call of `reward_fn` may take before the run stops; None waits for ever.
         ptx_coef: weight of the language-model loss on `PromptDataModule(ptx_data=…)` (InstructGPT's PPO-ptx).
         tokens_per_forward: how many tokens a pass without gradient may hold.
         dtype, attn_implementation, revision, trust_remote_code, peft, frozen_layers, optimizer, scheduler: as in `SFT`; with `peft` the
@@ -94,6 +111,9 @@ class PPO(L.LightningModule):
         reward_baseline: Literal["none", "mean", "reference"] = "mean",
         score_clip: float | None = None,
         scale_scores: bool = False,
+        max_kl_per_iteration: float | None = None,
+        collapse_patience: int | None = 3,
+        reward_timeout: float | None = None,
         ptx_coef: float = 0.0,
         tokens_per_forward: int = 16384,
         rouge_tokenizer: Any = "default",
@@ -118,6 +138,8 @@ class PPO(L.LightningModule):
         self.clip, self.value_clip, self.value_coef, self.value_lr = clip, value_clip, value_coef, value_lr
         self.center_values = center_values
         self.reward_baseline, self.ptx_coef, self.tokens_per_forward = reward_baseline, ptx_coef, tokens_per_forward
+        self.max_kl_per_iteration, self.reward_timeout = max_kl_per_iteration, reward_timeout
+        self.collapse = CollapseWatch(collapse_patience)
         floor = (-1.0 if reward_model else None) if no_eos_score == "auto" else no_eos_score
         self.shaping = Shaping(floor, score_clip, whiten_rewards, whiten_advantages, gamma, lam)
         self.moments = RunningMoments() if scale_scores else None
@@ -132,9 +154,10 @@ class PPO(L.LightningModule):
         self.scorer: torch.nn.Module | None = None
         self.rouge = Rouge(tokenizer=rouge_tokenizer)
         self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
-        self.meter = StepMeter()
+        self.meter, self.run = StepMeter(), RunRecord()
         self.samples: list[dict[str, Any]] = []
-        self.iteration, self.position, self.episodes = 0, 0, 0
+        self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
+        self.journal = Journal()
         self.experience: Experience | None = None
         self.strict_loading = False  # frozen networks are not in our checkpoints
         self._tokenizer: Any = None
@@ -173,28 +196,16 @@ class PPO(L.LightningModule):
         self.policy = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading, **self.training_setup), self._trainer)
         if self.training_setup["peft"] is None:
             self.reference = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading).requires_grad_(False), self._trainer)
-        self.value = shard(self._load_value(loading), self._trainer)
+        self.value = shard(load_value(self, loading), self._trainer)
         if self.reward_fn is not None:
-            self.scorer = FunctionScorer(self.reward_fn)
+            self.scorer = FunctionScorer(self.reward_fn, timeout=self.reward_timeout)
         else:
             network = ScalarModel.load(self.reward_model, **self.loading, trust_remote_code=self.source["trust_remote_code"])
             if self.reward_baseline != "mean":
                 network.mean.zero_()
             self.scorer = ModelScorer(shard(network.requires_grad_(False), self._trainer), tokens_per_forward=self.tokens_per_forward)
 
-    def _load_value(self, loading: dict[str, Any]) -> ScalarModel:
-        """The value network; its tokenizer must be the policy's, since it reads the policy's ids."""
-        if self.value_init == "sft":
-            return ScalarModel.load(self.model, head="zero", tokenizer=self.tokenizer, **loading, **self.training_setup)
-        path = self.reward_model if self.value_init == "reward" else self.value_init
-        if load_tokenizer(path, trust_remote_code=self.source["trust_remote_code"]).get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"the tokenizer of {path} is not that of {self.model}, so it cannot be the value network; set value_init: sft")
-        value = ScalarModel.load(
-            path, tokenizer=self.tokenizer, **self.loading, **self.training_setup, trust_remote_code=self.source["trust_remote_code"]
-        )
-        if self.reward_baseline != "mean":
-            value.set_mean(0.0)  # in its config too: the exported network must give the values it was trained to
-        return value
+        self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = [{"params": list(self.policy.parameters())}, {"params": list(self.value.parameters())}]
@@ -223,8 +234,11 @@ class PPO(L.LightningModule):
         return self.steps_per_iteration * self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        micro = self.run.begin(self.trainer, batch_idx)
         if self.position >= self.items:
-            self.iteration, self.position, self.experience = self.iteration + 1, 0, None
+            self.iteration, self.position, self.experience, self.stopped = self.iteration + 1, 0, None, False
+        self.step_position = self.position if micro == 0 else self.step_position
+        self.journal.replay(self)
         if self.experience is None:
             with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):
                 self._collect()
@@ -246,17 +260,20 @@ class PPO(L.LightningModule):
                 tokens_per_forward=self.tokens_per_forward,
             )
         )
+        found = signs(rollout.texts, rollout.batch.response_ids, rollout.batch.response_mask, rollout.finished)
+        self.collapse(found, self.iteration)
         center = self.center_values and self.episodes == 0
         self.experience, stats = shape(rollout, self.kl_coef, self.shaping, self.moments, center_values=center)
         if center:
             self.value.set_mean(float(self.value.mean + stats["value_offset"]))
         self.episodes += self.batch_size
-        stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))}
+        stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))} | sign_stats(found)
         if self.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, float(stats["kl"]), target=self.kl_target, horizon=self.kl_horizon, n=self.batch_size
             )
-        self.log_dict({f"rollout/{name}": value for name, value in stats.items()}, on_step=False, on_epoch=True, batch_size=1)
+        self.journal.entries = []
+        self.journal.add(self, {f"rollout/{name}": value for name, value in stats.items()})
 
     def micro_batch(self, position: int) -> tuple[Experience, int]:
         """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens over all ranks.
@@ -277,6 +294,8 @@ class PPO(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         experience, count = self.micro_batch(self.position)
+        if self.stopped:  # the least that is a forward and a backward pass, which sharded strategies need of every rank
+            experience = experience.select([0])
         mask = experience.batch.response_mask
         logprobs, _ = self.policy(experience.batch, temperature=self.sampling.temperature, ban=True)
         values = self.value(experience.batch)[:, :-1]
@@ -284,11 +303,13 @@ class PPO(L.LightningModule):
         v_loss, v_stats = value_loss(values, experience.values, experience.returns, mask, clip=self.value_clip, count=count)
         stats |= v_stats
         loss = loss + self.value_coef * v_loss
-        if self.ptx_coef:
+        if self.ptx_coef and not self.stopped:
             ptx = self._ptx_loss()
             loss, stats["ptx_loss"] = loss + self.ptx_coef * ptx, ptx.detach()
-        self.meter.add(stats)
         self.position += 1
+        if self.stopped:
+            return loss * 0.0
+        self.meter.add(stats)
         return loss * loss_scale(self.trainer)
 
     def _ptx_loss(self) -> Tensor:
@@ -302,7 +323,22 @@ class PPO(L.LightningModule):
         return lm_loss(self.policy(part)[0], part.response_mask, count=int(batch.response_mask.sum()))[0]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.log_dict(self.meter.pop("ppo/"), on_step=False, on_epoch=True, batch_size=1)
+        if not self.stopped:
+            stats = step_stats(self, "ppo/", where(self))
+            limit = self.max_kl_per_iteration
+            self.stopped = limit is not None and float(stats["ppo/approx_kl"]) > limit
+            self.journal.add(self, stats | {"ppo/skipped": torch.tensor(float(self.stopped))})
+            if self.stopped:
+                warn_stopped(self, float(stats["ppo/approx_kl"]))
+        else:
+            self.journal.add(self, {"ppo/skipped": torch.tensor(1.0)})
+        if self.stopped:  # an optimiser leaves weights without a gradient alone
+            optimizer.zero_grad(set_to_none=True)
+        if self.position == self.items:
+            self.journal.write(self.trainer)
+
+    def on_train_start(self) -> None:
+        settle(self)
 
     # Evaluation
 
@@ -356,21 +392,8 @@ class PPO(L.LightningModule):
         """What ExportHF writes: policy and value network, each in its own directory."""
         return {"policy": self.policy, "value": self.value}
 
-    # Checkpoints: counters and moments; frozen networks are left out
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = () if saves_shards(self.trainer) else ("reference.", "scorer.")
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(frozen)}
-        checkpoint["ppo"] = {name: getattr(self, name) for name in ("iteration", "position", "episodes", "kl_coef")}
-        if 0 < self.position < self.items:  # in mid-iteration; every rank holds the whole experience
-            checkpoint["ppo"]["experience"] = self.experience.state()
-        if self.moments is not None:
-            checkpoint["ppo"]["moments"] = [self.moments.count, self.moments.mean, self.moments.squares]
+        save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["ppo"]
-        for name in ("iteration", "position", "episodes", "kl_coef"):
-            setattr(self, name, state[name])
-        self.experience = Experience.of_state(state["experience"]) if "experience" in state else None
-        if self.moments is not None and "moments" in state:
-            self.moments.count, self.moments.mean, self.moments.squares = state["moments"]
+        load_state(self, checkpoint)

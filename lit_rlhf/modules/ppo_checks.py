@@ -1,8 +1,9 @@
-"""What PPO refuses before anything loads: settings that contradict each other, the data, the Trainer."""
+"""What PPO refuses before anything loads: settings that contradict each other, the data, the Trainer, a value network of other ids."""
 
 from typing import Any
 
-from lit_rlhf.pretrained import check_source
+from lit_rlhf.networks import ScalarModel
+from lit_rlhf.pretrained import check_source, load_tokenizer
 from lit_rlhf.scoring import check_reward_fn
 from lit_rlhf.strategies import check_strategy
 
@@ -63,3 +64,18 @@ def _check_trainer(ppo: Any, trainer: Any) -> None:
             f"{ppo.num_prompts} prompts per iteration cannot be split into minibatches {ppo.minibatches} x accumulate_grad_batches "
             f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; raise batch_size or lower one of them"
         )
+
+
+def load_value(ppo: Any, loading: dict[str, Any]) -> ScalarModel:
+    """The value network; its tokenizer must be the policy's, since it reads the policy's ids."""
+    if ppo.value_init == "sft":
+        return ScalarModel.load(ppo.model, head="zero", tokenizer=ppo.tokenizer, **loading, **ppo.training_setup)
+    path = ppo.reward_model if ppo.value_init == "reward" else ppo.value_init
+    if load_tokenizer(path, trust_remote_code=ppo.source["trust_remote_code"]).get_vocab() != ppo.tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer of {path} is not that of {ppo.model}, so it cannot be the value network; set value_init: sft")
+    value = ScalarModel.load(
+        path, tokenizer=ppo.tokenizer, **ppo.loading, **ppo.training_setup, trust_remote_code=ppo.source["trust_remote_code"]
+    )
+    if ppo.reward_baseline != "mean":
+        value.set_mean(0.0)  # in its config too: the exported network must give the values it was trained to
+    return value

@@ -10,11 +10,23 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch
+from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, reset_metrics
+from lit_rlhf.modules.common import (
+    PREDICTION,
+    VALIDATION,
+    StepMeter,
+    as_sampling,
+    loss_scale,
+    optimizers,
+    record,
+    reseed,
+    reset_metrics,
+    step_stats,
+)
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -75,7 +87,8 @@ class SFT(L.LightningModule):
         self.policy: CausalPolicy | None = None
         self.rouge, self.val_loss = Rouge(tokenizer=rouge_tokenizer), MeanMetric()
         self.val_length, self.val_eos = MeanMetric(), MeanMetric()
-        self.meter = StepMeter()
+        self.meter, self.run = StepMeter(), RunRecord()
+        self.strict_loading = False  # weights that do not train are not in our checkpoints
         self.samples: list[dict[str, Any]] = []
         self._tokenizer: Any = None
 
@@ -98,6 +111,7 @@ class SFT(L.LightningModule):
         if self.policy is None:
             network = CausalPolicy.load(self.model, tokenizer=self.tokenizer, dropout=self.dropout, **self.loading)
             self.policy = shard(network, self._trainer)
+            self.run.fingerprints = {"model": fingerprint(self.model, self.loading["revision"])}
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.policy.parameters())}], self.optimizer, self.scheduler)
@@ -111,7 +125,8 @@ class SFT(L.LightningModule):
         self.policy.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        reseed(self.trainer.global_step, batch_idx, self.global_rank)
+        micro = self.run.begin(self.trainer, batch_idx)
+        reseed(self.trainer.global_step, micro, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, stats = self._loss(batch, batch.count)
@@ -119,7 +134,16 @@ class SFT(L.LightningModule):
         return loss * loss_scale(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.log_dict(self.meter.pop("train/"), prog_bar=True)
+        self.log_dict(step_stats(self, "train/", f", epoch {self.trainer.current_epoch}"), prog_bar=True)
+
+    def on_train_start(self) -> None:
+        settle(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load(self, checkpoint)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx)

@@ -97,7 +97,7 @@ CHANGES = {
 }
 
 
-BESIDE = {"kl_horizon": {"kl_target": 0.01}, "value_clip": {"value_coef": 10.0}}  # arguments that act only beside another
+BESIDE = {"kl_horizon": {"kl_target": 0.01}, "value_clip": {"value_coef": 1.0}}  # arguments that act only beside another
 WEIGHTS: dict[str, list] = {}
 
 

@@ -1,0 +1,145 @@
+"""A run that stops anywhere and goes on ends with the same bits: weights, optimiser, logged numbers, sampled texts, counters."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from resume_run import STEPS, Interrupt, run
+
+import lit_rlhf
+
+STAGES = ("sft", "reward", "ppo")
+MOMENTS = ("start", "backward", "end")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.ERROR)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dirs(tmp_path_factory, sft_dir, reward_dir) -> tuple[str, str]:
+    """The two models, the first with dropout in its config, which SFT is asked to keep."""
+    path = tmp_path_factory.mktemp("models") / "sft"
+    shutil.copytree(sft_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    return str(path), reward_dir
+
+
+@pytest.fixture(scope="module")
+def full(dirs):
+    """full(stage, accumulate) -> the uninterrupted run with a checkpoint of every step."""
+    made = {}
+
+    def get(stage: str, accumulate: int = 1):
+        if (stage, accumulate) not in made:
+            made[stage, accumulate] = run(stage, dirs, accumulate_grad_batches=accumulate)
+        return made[stage, accumulate]
+
+    return get
+
+
+def interrupted(full, stage, dirs, at, moment):
+    """What differs after an interruption in micro-batch `at` (two to an optimiser step), a save there, and a resume."""
+    path = Path(tempfile.mkdtemp()) / "stopped.ckpt"
+    run(stage, dirs, stop=Interrupt(at, moment, path), accumulate_grad_batches=2)
+    since = int(torch.load(path, weights_only=True)["global_step"])
+    return run(stage, dirs, ckpt=path, accumulate_grad_batches=2).same(full(stage, 2), since)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_after_any_step(full, dirs, stage):
+    """Steps 4 and 8 end an epoch; for PPO they end an iteration, and all others lie within one."""
+    whole = full(stage)
+    assert whole.counters[-2] == STEPS and len({v for k, v in whole.lines.items() if k[1].endswith("grad_norm")}) > 2
+    wrong = {}
+    for step in range(1, STEPS):
+        again = run(stage, dirs, ckpt=whole.folder / f"step={step}.ckpt")
+        wrong |= {step: found} if (found := again.same(whole, step)) else {}
+    assert not wrong
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("at", "moment"), [(0, "backward"), (5, "start"), (7, "backward"), (8, "start"), (10, "end")])
+def test_stopped_within_a_step(full, dirs, stage, at, moment):
+    """The checkpoint is of the last whole step, and the micro-batches since are done again: no row is lost, and none is learnt twice."""
+    assert not interrupted(full, stage, dirs, at, moment)
+
+
+def test_the_comparison_can_fail(full, dirs):
+    """A resume with another learning rate ends elsewhere, and the comparison says where."""
+    whole = full("reward")
+    changed = torch.load(whole.folder / "step=5.ckpt", weights_only=True)
+    changed["optimizer_states"][0]["state"][0]["exp_avg"] += 1e-3
+    path = Path(tempfile.mkdtemp()) / "changed.ckpt"
+    torch.save(changed, path)
+    found = run("reward", dirs, ckpt=path).same(whole, 5)
+    assert "weights" in found and "optimizer" in found and "metrics" in found
+
+
+def note(name: str, equal: int, of: int) -> None:
+    """A line of the resume table (tutorials/checkpoints.md); also as JSON where RESUME_TABLE names a file."""
+    print(f"\n{name}: {equal} of {of} bit-equal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resume_of_a_resume(full, dirs, stage):
+    """Stopped after step k and again after step j, for all k < j: Lightning's own count of epochs drifts here."""
+    whole, wrong, pairs = full(stage), {}, 0
+    for first in range(1, STEPS - 1):
+        again = run(stage, dirs, ckpt=whole.folder / f"step={first}.ckpt")
+        for second in range(first + 1, STEPS):
+            found = run(stage, dirs, ckpt=again.folder / f"step={second}.ckpt").same(whole, second)
+            pairs, wrong = pairs + 1, wrong | ({(first, second): found} if found else {})
+    note(f"{stage}, 1 process, two stops", pairs - len(wrong), pairs)
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_anywhere_within_any_step(full, dirs, stage):
+    cases = [(at, moment) for at in range(2 * STEPS) for moment in MOMENTS]
+    wrong = {case: found for case in cases if (found := interrupted(full, stage, dirs, *case))}
+    note(f"{stage}, 1 process, within a step", len(cases) - len(wrong), len(cases))
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks(dirs, tmp_path, strategy):
+    """Every step, on both ranks, and twelve resumes of resumes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
+    common |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "PYTHONPATH": Path(lit_rlhf.__file__).parents[1]}
+    command = [sys.executable, str(Path(__file__).parent / "resume_ranks.py"), strategy, *dirs, str(tmp_path / "out")]
+    processes = []
+    for rank in range(2):
+        names = common | {"RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {key: str(value) for key, value in names.items()}
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=900)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(2):
+        for stage, found in json.loads((tmp_path / f"out.{rank}").read_text()).items():
+            note(f"{stage}, {strategy} x 2, rank {rank}", found["of"] - len(found["wrong"]), found["of"])
+            assert found["of"] == 11 + 12 and not found["wrong"]
