@@ -151,3 +151,22 @@ def clip_gradients(module: Any, optimizer: Any, clip_val: float | None, algorith
         root.clip_grad_norm_(clip_val)
     else:
         module.clip_gradients(optimizer, clip_val, algorithm)
+
+
+def number_weights(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Numbers the weights in a whole checkpoint's optimizer states as sharded strategies do, so that those can load it.
+
+    They count all of the module's parameters, torch's optimizers only their own: where frozen weights stand between, FSDP2 would take one
+    weight's moments for another's without a word, and FSDP1 fail. Single processes and DDP load by order and take either.
+    """
+    if shards(module.trainer) or "optimizer_states" not in checkpoint:
+        return
+    numbers = {p: i for i, p in enumerate(module.parameters())}
+    states = []
+    for optimizer, saved in zip(module.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+        new = [numbers[p] for group in optimizer.param_groups for p in group["params"]]
+        old = [i for group in saved["param_groups"] for i in group["params"]]
+        to = dict(zip(old, new, strict=True))
+        groups = [group | {"params": [to[i] for i in group["params"]]} for group in saved["param_groups"]]
+        states.append(saved | {"state": {to[i]: state for i, state in saved["state"].items()}, "param_groups": groups})
+    checkpoint["optimizer_states"] = states
