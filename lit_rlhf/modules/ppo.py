@@ -27,7 +27,7 @@ from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.rollout import Actors, RunningMoments, Shaping, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer
-from lit_rlhf.sharding import clip_gradients, full_params, number_weights, saves_shards, shard
+from lit_rlhf.sharding import clip_gradients, full_params, name_weights, saves_shards, shard
 
 
 class PPO(L.LightningModule):
@@ -359,7 +359,7 @@ class PPO(L.LightningModule):
     # Checkpoints: counters and moments; frozen networks are left out
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        number_weights(self, checkpoint)
+        name_weights(self, checkpoint)
         frozen = () if saves_shards(self.trainer) else ("reference.", "scorer.")
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(frozen)}
         checkpoint["ppo"] = {name: getattr(self, name) for name in ("iteration", "position", "episodes", "kl_coef")}
