@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import torch
+import two_ranks_uneven
 from lightning.pytorch.callbacks import ModelCheckpoint
 from two_ranks import ROWS, trainer
 
@@ -76,6 +77,8 @@ def run(dirs: tuple[str, str], out: Path) -> dict:
         }
         found[place.name] |= {"evaluated": evaluate(name, dirs, place / f"step={STEPS}.ckpt")} if not sharded else {}
     found["ddp"] = {"from one": resume("ddp", dirs, out / "one.ckpt")}
+    found["uneven"] = {name: two_ranks_uneven.run(name, *dirs) for name in ("ddp", "fsdp2", "fsdp1")}
+    found["uneven texts"] = {name: two_ranks_uneven.same_texts(name, *dirs) for name in ("ddp", "fsdp2", "fsdp1")}
     return found
 
 
