@@ -10,7 +10,7 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional"},
-    {"batch", "layout", "networks", "pretrained", "metrics", "optim", "sharding", "strategies"},
+    {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies"},
     {"generation", "scoring", "data"},
     {"rollout"},
     {"modules", "callbacks", "quickstart"},
