@@ -117,7 +117,8 @@ class PipelineReward:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if self.pipe is None:
             ready = isinstance(self.model, Pipeline)
-            self.pipe = self.model if ready else pipeline("text-classification", model=self.model, device=device)
+            safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}  # no pickles, no code of the model's own
+            self.pipe = self.model if ready else pipeline("text-classification", model=self.model, device=device, **safe)
             if ready and self.pipe.device != device:
                 self.pipe.model.to(device)
                 self.pipe.device = device
@@ -188,7 +189,8 @@ def check_reward_fn(fn: Any) -> None:
             inspect.signature(fn).bind([], [], **extra)
         except TypeError:
             raise TypeError(
-                f"reward_fn {fn!r} has the signature {inspect.signature(fn)}; it is called as reward_fn(prompts, responses, **columns)"
+                f"reward_fn {getattr(fn, '__name__', repr(fn))} has the signature {inspect.signature(fn)}; it is called as "
+                "reward_fn(prompts, responses, **columns)"
             ) from None
 
 
