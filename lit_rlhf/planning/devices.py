@@ -54,8 +54,8 @@ class Attention(TorchFunctionMode):
 
 
 def forward_context(precision: str) -> Any:
-    """What Lightning's precision plugin puts around a step."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    """What Lightning's precision plugin puts around a step; no weight's bf16 copy is kept for its next use."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if precision == "bf16-mixed" else nullcontext()
 
 
 def lower(network: nn.Module) -> None:

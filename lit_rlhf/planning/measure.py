@@ -22,7 +22,7 @@ class PhaseMarker(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.tracker.watch([*pl_module.parameters(), *pl_module.buffers()])
-        self.tracker.peaks.clear()
+        self.tracker.forget()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self.tracker.begin("training")
@@ -44,7 +44,7 @@ def measure(fit: Callable[[L.Callback], Any]) -> dict[str, int]:
     with tracker, _marked(tracker, lit_rlhf.rollout, "sample", "sampling"), _marked(tracker, lit_rlhf.modules.ppo, "collect", "scoring"):
         with _marked(tracker, lit_rlhf.modules.sft, "sample", "sampling"):
             fit(PhaseMarker(tracker))
-    return {name: peak for name, peak in tracker.peaks.items() if name}
+    return tracker.peaks()
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def overlay_lines(trials: list[Trial]) -> list[str]:
             verdict = {True: "fits", False: "does not fit", None: ""}[t.fits]
             verdict = f"{gib(t.memory.peak):>8} GiB in {t.memory.phase:<15}{verdict}"
             verdict += f", accumulate_grad_batches {t.job.accumulate}"
-        lines.append(f"  {t.overlay:<46}{devices(t.job):<22}{verdict}")
+        lines.append(f"  {t.overlay:<46}{devices(t.job):<22}{t.job.precision:<12}{verdict}")
     return lines
 
 

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ import lit_rlhf.modules
 from lit_rlhf import cli
 from lit_rlhf.cli_errors import one_line, parameter_names
 from lit_rlhf.planning import hours, report
+from lit_rlhf.planning.depth import is_uniform
 from lit_rlhf.planning.job import Job, read_job
 from lit_rlhf.planning.search import Trial, Trials, overlays, table
-from lit_rlhf.planning.shells import Source, build, read_source
+from lit_rlhf.planning.shells import Shells, Source, build, read_source
 from lit_rlhf.planning.simulate import simulate
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = (
-    "What a run takes in memory and hours, by strategy and precision, before anything is loaded: `--config` files and options as in `fit`. A "
-    "directory needs nothing but its config.json. Exit codes: 0 it fits, 1 it does not, 2 refused."
+    "What a run takes in memory and hours, by strategy and precision, before anything is loaded: `--config` files and options as in `fit`. "
+    "A directory needs nothing but its config.json. Exit codes: 0 it fits, 1 it does not, 2 refused."
 )
 
 
@@ -75,15 +76,18 @@ def plan(options: Any, args: Sequence[str]) -> int:
     sources = read_sources(job)
     if not job.splits:
         raise ValueError(
-            f"{job.prompts_per_step} prompts of an optimiser step cannot be split into accumulate_grad_batches {job.accumulate} x {job.world} "
-            f"devices; lower --trainer.accumulate_grad_batches to at most {job.prompts_per_step // job.world}, or raise batch_size"
+            f"the {job.prompts_per_step} prompts of an optimiser step cannot be split into accumulate_grad_batches {job.accumulate} x "
+            f"{job.world} devices; lower --trainer.accumulate_grad_batches to at most {max(job.prompts_per_step // job.world, 1)}, "
+            "or raise batch_size"
         )
-    trials = Trials(simulate, sources, limit)
+    with FakeTensorMode():
+        shells = build(replace(job, strategy="single"), sources)
+    trials = Trials(partial(simulate, uniform=is_uniform(job, sources, shells)), sources, limit)
     asked = trials(job)
     found = list(overlays(job, trials)) if limit is not None else []
     cells = list(table(job, trials)) if options.table else []
-    size = sizes(job, sources)
-    hour = estimate(job, sources, options)
+    size = sizes(job, shells)
+    hour = estimate(job, sources, shells, options)
     out = {"asked": report.as_json(asked), "limit": limit, "parameters": size["parameters"], "checkpoint": checkpoint(asked, size)}
     out |= {"hours": hour, "overlays": [report.as_json(t) for t in found], "table": [report.as_json(t) for t in cells], "notes": job.notes}
     if options.json == "-":
@@ -129,13 +133,11 @@ def _or_policy(path: str, policy: Source, args: Any, notes: list[str]) -> Source
     return read_source(path, args.revision, args.trust_remote_code)
 
 
-def sizes(job: Job, sources: dict[str, Source]) -> dict[str, Any]:
+def sizes(job: Job, shells: Shells) -> dict[str, Any]:
     """Parameters of each network and bytes of the trained ones' weights, on one device."""
-    with FakeTensorMode():
-        present = build(replace(job, strategy="single"), sources).present()
     counts = {
         role: {"all": sum(p.numel() for p in n.parameters()), "training": sum(p.numel() for p in n.parameters() if p.requires_grad)}
-        for role, n in present.items()
+        for role, n in shells.present().items()
     }
     size = 2 if job.precision == "bf16-true" else 4 if job.model.dtype == "float32" else 2
     return {"parameters": counts, "weights": size * sum(c["all"] for c in counts.values() if c["training"])}
@@ -147,13 +149,11 @@ def checkpoint(asked: Trial, size: dict[str, Any]) -> int:
     return int(size["weights"] + (asked.memory.optimizer if asked.memory else 0) * ranks)
 
 
-def estimate(job: Job, sources: dict[str, Source], options: Any) -> dict[str, Any]:
+def estimate(job: Job, sources: dict[str, Source], shells: Shells, options: Any) -> dict[str, Any]:
     """Seconds of a step and hours of the run, with where the figures come from."""
     flops, where = (options.flops, "given") if options.flops else hours.measured_flops(job.accelerator, job.precision)
     bandwidth = options.bandwidth or flops / hours.FLOPS_PER_BYTE
-    with FakeTensorMode():
-        present = build(replace(job, strategy="single"), sources).present()
-    works = {role: hours.work(n, sources.get(role, sources["policy"]).config, job.precision) for role, n in present.items()}
+    works = {role: hours.work(n, sources.get(role, sources["policy"]).config, job.precision) for role, n in shells.present().items()}
     seconds = hours.seconds_per_step(job, works, flops, bandwidth)
     steps = hours.steps_of(job)
     total = None if steps is None else steps * sum(seconds.values()) / 3600
@@ -197,19 +197,19 @@ def verdict(asked: Trial, found: list[Trial]) -> str:
     good = [t for t in found if t.fits]
     best = min(good, key=lambda t: (t.job.world, t.job.strategy != asked.job.strategy), default=None)
     line = f"DOES NOT FIT: {peak} GiB at the peak ({asked.memory.phase}), {limit} GiB are there for tensors. "
-    if best is not None:
-        return (
-            line + f"What fits: {best.overlay} on {report.devices(best.job)} with --trainer.accumulate_grad_batches {best.job.accumulate}."
-        )
-    return line + advice(asked)
+    if best is None:
+        return line + advice(asked)
+    line += f"What fits: {best.overlay} on {report.devices(best.job)} with --trainer.accumulate_grad_batches {best.job.accumulate}"
+    if best.job.precision != asked.job.precision:
+        line += f" --trainer.precision {best.job.precision} (a learning rate of some 1e-6 is lost in bf16 weights)"
+    return line + "."
 
 
 def advice(asked: Trial) -> str:
     """What is left to try where no overlay fits."""
-    lasting = asked.memory.lasting if asked.memory else math.inf
-    if asked.limit is not None and lasting > asked.limit:
-        return "Weights, gradients and optimizer state alone are too much: use LoRA (model.peft), frozen_layers, bf16-true or more nodes."
-    return "Use shorter prompts or responses, a smaller batch_size or tokens_per_forward, bf16, LoRA (model.peft) or more devices."
+    if asked.limit is not None and asked.memory is not None and asked.memory.lasting > asked.limit:
+        return "Weights, gradients and optimizer state alone are too much: use LoRA (model.peft), frozen_layers or more devices."
+    return "Use shorter prompts or responses, a smaller batch_size or tokens_per_forward, LoRA (model.peft) or more devices."
 
 
 if __name__ == "__main__":

@@ -72,17 +72,31 @@ class Trials:
 
 
 def overlays(job: Job, trials: Trials) -> Iterator[Trial]:
-    """No overlay, DDP, FSDP2 on the job's own devices, then FSDP2 (and DDP) on more nodes until one fits."""
-    yield trials.smallest_accumulate(replace(job, strategy="single", devices=1, nodes=1))
-    if job.devices == 1 and job.nodes == 1:
-        return
+    """No overlay, DDP and FSDP2 on the job's own devices, then on more nodes until one fits; in bf16-true where none does."""
     found = False
-    for nodes in sorted({job.nodes, *(n for n in NODES if n > job.nodes)}):
-        for strategy in ("ddp", "fsdp"):
-            trial = trials.smallest_accumulate(replace(job, strategy=strategy, nodes=nodes))
+    for precision in dict.fromkeys((job.precision, "bf16-true")):
+        for trial in _strategies(replace(job, precision=precision), trials):
             yield trial
             found = found or trial.fits is not False
         if found:
+            return
+
+
+def _strategies(job: Job, trials: Trials) -> Iterator[Trial]:
+    """Every strategy, node by node until one fits; DDP no further where what lasts is too much, since it is the same on all nodes."""
+    alone = trials.smallest_accumulate(replace(job, strategy="single", devices=1, nodes=1))
+    yield alone
+    if job.world == 1:
+        return
+    whole = alone
+    for nodes in sorted({job.nodes, *(n for n in NODES if n > job.nodes)}):
+        tried = []
+        if whole.memory is None or whole.limit is None or whole.memory.lasting <= whole.limit:
+            whole = trials.smallest_accumulate(replace(job, strategy="ddp", nodes=nodes))
+            tried.append(whole)
+        tried.append(trials.smallest_accumulate(replace(job, strategy="fsdp", nodes=nodes)))
+        yield from tried
+        if any(trial.fits is not False for trial in tried):
             return
 
 

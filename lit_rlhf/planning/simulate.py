@@ -7,7 +7,6 @@ networks' own blocks, `token_logprobs`, `attention_rule`, `draw`, the optimizer,
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from lit_rlhf.functional import lm_loss, policy_loss, token_logprobs, value_loss
 from lit_rlhf.generation import _prefill, draw
 from lit_rlhf.layout import Layout, attention_rule
 from lit_rlhf.networks import CausalPolicy, ScalarModel, run
+from lit_rlhf.planning.depth import SHALLOW, deepen, mark_blocks, with_depth
 from lit_rlhf.planning.devices import Attention, forward_context, loop_as_on, lower, ranks, split
 from lit_rlhf.planning.job import Job
 from lit_rlhf.planning.shells import Shells, Source, build, made
@@ -55,8 +55,29 @@ class Memory:
         return max(self.peaks, key=lambda name: self.peaks[name])
 
 
-def simulate(job: Job, sources: dict[str, Source]) -> Memory:
-    """The memory of one device of the job, in its strategy and precision."""
+def simulate(job: Job, sources: dict[str, Source], uniform: bool = False) -> Memory:
+    """The memory of one device of the job, in its strategy and precision.
+
+    Args:
+        uniform: all blocks are alike (`is_uniform`): two shallow networks are run instead of the whole ones.
+    """
+    if uniform:
+        shallow = [trace(job, {role: with_depth(s, n) for role, s in sources.items()}) for n in (SHALLOW, SHALLOW + 1)]
+        found = deepen(shallow, sources["policy"].config.num_hidden_layers)
+        if found is not None:
+            return memory(*found)
+    tracker, sizes = trace(job, sources)
+    return memory(tracker.peaks(), sizes)
+
+
+def memory(peaks: dict[str, int], sizes: dict[str, int]) -> Memory:
+    """Memory of peaks and sizes as `Run.sizes` names them."""
+    weights = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
+    return Memory(weights, peaks=peaks, **{name: size for name, size in sizes.items() if not name.startswith("weights.")})
+
+
+def trace(job: Job, sources: dict[str, Source]) -> tuple[Tracker, dict[str, int]]:
+    """Runs every phase once; the tracker that saw it, and the sizes of what lasts."""
     sharded = job.strategy in ("fsdp", "fsdp1")
     with ExitStack() as stack:
         mesh = stack.enter_context(ranks(job.world if sharded else 1))
@@ -66,12 +87,13 @@ def simulate(job: Job, sources: dict[str, Source]) -> Memory:
         with nullcontext() if sharded else _active(tracker, "loading"):
             shells = build(job, sources)
             for network in shells.present().values():
+                mark_blocks(network, tracker)
                 if job.precision == "bf16-true":
                     lower(network)
                 if sharded:
                     split(network, job.strategy, mesh, job.precision, job.wrapped)
         with tracker:
-            return Run(job, shells, tracker).memory()
+            return tracker, Run(job, shells, tracker).sizes()
 
 
 def _active(tracker: Tracker, phase: str) -> ExitStack:
@@ -101,24 +123,22 @@ class Run:
         loop_as_on(self.optimizer, job.accelerator)
         self.cache = 0
 
-    def memory(self) -> Memory:
-        """Every phase once, with gradients and optimizer state there as in the middle of a run."""
+    def sizes(self) -> dict[str, int]:
+        """Runs every phase once, with gradients and optimizer state there as in the middle of a run; bytes of what lasts."""
         for p in self.params:
             p.grad = torch.zeros_like(p)
         buckets = [torch.empty_like(p) for p in self.params] if self.job.strategy == "ddp" else []
-        with self.tracker.phase("optimizer step"):
-            self.optimizer.step()
+        self.optimizer.step()
         self._phases_without_gradient()
         self._step()
         states = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return Memory(
-            weights={role: storage_bytes([*n.parameters(), *n.buffers()]) for role, n in self.shells.present().items()},
-            gradients=storage_bytes(p.grad for p in self.params),
-            buckets=storage_bytes(buckets),
-            optimizer=storage_bytes(states),
-            cache=self.cache,
-            peaks={name: peak for name, peak in self.tracker.peaks.items() if name},
-        )
+        weights = {f"weights.{role}": storage_bytes([*n.parameters(), *n.buffers()]) for role, n in self.shells.present().items()}
+        return weights | {
+            "gradients": storage_bytes(p.grad for p in self.params),
+            "buckets": storage_bytes(buckets),
+            "optimizer": storage_bytes(states),
+            "cache": self.cache,
+        }
 
     def _phases_without_gradient(self) -> None:
         """PPO's rollout, which still has the last step's gradients, and validation, before which Lightning drops them."""
@@ -132,8 +152,9 @@ class Run:
             for p in self.params:
                 p.grad = None
             if job.stage == "ppo":
-                self._sampling(min(rows, MAX_ROWS), 1, "validation")
-                self._scoring(min(rows, MAX_ROWS), 1, "validation")
+                if rows > prompts:  # else it is less than a rollout in everything
+                    self._sampling(min(rows, MAX_ROWS), 1, "validation")
+                    self._scoring(min(rows, MAX_ROWS), 1, "validation")
             elif job.stage == "sft":
                 with self.tracker.phase("validation"):
                     self._policy_loss(rows)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tracker(TorchDispatchMode):
-    """Counts live storage bytes while active; `peaks` holds the largest count of each `phase`.
+    """Counts live storage bytes while active; `peaks()` gives the largest count of each phase.
 
     A storage is known by its C++ address as long as it lives, so views and tensors that share one count once.
     """
@@ -24,8 +24,10 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
-        self.peaks: dict[str, int] = {}
-        self._phase = ""
+        self.segments: list[tuple[str, Any]] = [("", None)]
+        """(phase, mark) of every stretch of the run, in order."""
+        self.highs = [0]
+        """The largest count of each segment."""
         self._sizes: dict[int, int] = {}
         self._watchers: dict[int, Any] = {}
         self._resize = torch.UntypedStorage.resize_
@@ -63,18 +65,30 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within it the peak is kept under `name` (the largest over all times that it is entered)."""
-        before = self._phase
+        """Within it the peak is kept under `name`."""
+        before = self.segments[-1][0]
         self.begin(name)
         try:
             yield
         finally:
-            self._phase = before
+            self.begin(before)
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, mark: Any = None) -> None:
         """From now on the peak is kept under `name`."""
-        self._phase = name
-        self.peaks[name] = max(self.peaks.get(name, 0), self.live)
+        self.segments.append((name, mark))
+        self.highs.append(self.live)
+
+    def mark(self, mark: Any) -> None:
+        """A new segment of the same phase begins."""
+        self.begin(self.segments[-1][0], mark)
+
+    def peaks(self) -> dict[str, int]:
+        """The largest count of each phase with a name."""
+        return largest(self.segments, self.highs)
+
+    def forget(self) -> None:
+        """Drops all peaks so far."""
+        self.segments, self.highs = self.segments[-1:], [self.live]
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -85,9 +99,18 @@ class Tracker(TorchDispatchMode):
             self._watchers[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._sizes[key] = size
         self.live += size - (known or 0)
-        if self.live > self.peaks.get(self._phase, 0):
-            self.peaks[self._phase] = self.live
+        if self.live > self.highs[-1]:
+            self.highs[-1] = self.live
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
         self._watchers.pop(key, None)
+
+
+def largest(segments: list[tuple[str, Any]], highs: list[int]) -> dict[str, int]:
+    """The largest high of each phase with a name, in the order in which the phases first come."""
+    peaks: dict[str, int] = {}
+    for (phase, _), high in zip(segments, highs, strict=True):
+        if phase:
+            peaks[phase] = max(peaks.get(phase, 0), high)
+    return peaks
