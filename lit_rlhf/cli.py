@@ -37,7 +37,8 @@ from lit_rlhf.strategies import refuse_strategy
 PACKAGE = Path(__file__).parent
 SIGTERM_EXIT = 143  # 128 + 15: a scheduler must not take a stopped run for a finished one, as Lightning's exit code 0 says
 DESCRIPTION = (
-    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world; the other commands take YAML files "
+    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world, `lit-rlhf plan` says "
+    "before a run what memory and hours it takes; the other commands take YAML files "
     "(--config, repeated for overlays) and any key of them as an option. --debug (or LIT_RLHF_DEBUG=1) shows tracebacks."
 )
 
