@@ -45,7 +45,15 @@ class RunRecord:
         self.epoch, self.step, self.first, self.begun = -1, -1, 0, 0
 
     def begin(self, trainer: L.Trainer, batch_idx: int) -> int:
-        """A micro-batch starts: its number within its optimiser step. Call it first in `on_train_batch_start`."""
+        """A micro-batch starts: its number within its optimiser step. Call it first in `on_train_batch_start`.
+
+        Lightning 2.6.6 forgets to count an epoch as begun when it goes on from the last batch of the one before, and miscounts epochs after
+        the next such stop; here it is made up for.
+        """
+        epochs = trainer.fit_loop.epoch_progress
+        if epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
         if (self.epoch, self.step) != (trainer.current_epoch, trainer.global_step):
             self.epoch, self.step, self.first = trainer.current_epoch, trainer.global_step, batch_idx
         self.begun = batch_idx + 1
@@ -104,7 +112,8 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
                 f"the files of {name} {getattr(module, name)!r} are not those that the checkpoint was made with (fingerprint {old[:12]}, "
                 f"now {(new or 'none')[:12]}): put them back, or start a new run without ckpt_path"
             )
-    _check_weights(module, checkpoint["state_dict"])
+    if "state_dict" in checkpoint:  # FSDP2 has put the weights in place by now
+        _check_weights(module, checkpoint["state_dict"])
     module.run.resumed = dict(saved)
 
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
         for stage in ("sft", "reward", "ppo"):
 
             def again(ckpt=None, stage=stage):
-                folder = Path(f"{out}.{next(numbers)}")  # the same on both ranks
+                folder = Path(f"{out}-run{next(numbers)}")  # the same on both ranks
                 return run(stage, (sft_dir, reward_dir), ckpt=ckpt, folder=folder, devices=2, strategy=strategy(name))
 
             whole, wrong = again(), {}
