@@ -160,4 +160,4 @@ def probe(directory: Path, needed: int) -> None:
 def reason(error: BaseException) -> str:
     """The error on one short line."""
     lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return lines[0].split(". ")[0][:160] if lines else type(error).__name__

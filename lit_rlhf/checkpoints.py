@@ -129,7 +129,7 @@ def settle(module: Any) -> None:
     for at, (old, new) in enumerate(zip(saved["groups"], module.run.groups, strict=True)):
         for name, (before, after) in changed(old, new).items():
             _set_option(module.trainer, at, name, before, after)
-            if not any(key.startswith("model.optimizer") for key in changes):
+            if name != "initial_lr" and not any(key.startswith("model.optimizer") for key in changes):
                 changes[f"optimizer.group{at}.{name}"] = (before, after)
     listed = "; changed since, and the new values hold: " + ", ".join(f"{k} {a!r} -> {b!r}" for k, (a, b) in sorted(changes.items()))
     rank_zero_info(f"goes on at step {module.trainer.global_step}{listed if changes else ', with the same settings'}")
