@@ -1,7 +1,6 @@
 """Hugging Face directories and hub names: tokenizers with a pad token of their own, weights, adapters, exports."""
 
 import copy
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,33 +9,31 @@ import huggingface_hub
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
+from lit_rlhf.directories import (
+    check_architecture,
+    check_loaded,
+    check_remote_code,
+    check_source,
+    check_weight_files,
+    explained,
+    load_config,
+)
 from lit_rlhf.sharding import plain_name, whole, whole_state
-
-
-def check_source(path: str) -> str:
-    """Returns `path` if it is a model directory or can be a hub name, else raises FileNotFoundError with what is wrong."""
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise FileNotFoundError(
-                f"{path} is no Hugging Face model directory: it has no config.json (a .ckpt is for resuming, `hf/` for the next stage)"
-            )
-    elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(
-            f"no model directory at {path!r} (seen from {os.getcwd()}); run the stage that writes it first, or give a hub name"
-        )
-    return path
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
     """Loads a tokenizer whose pad token is never its EOS: an unused special token is taken, else `<|pad|>` is added.
 
-    Raises ValueError where there is no EOS token, since no response could end.
+    Raises ValueError where it cannot be read, brings code along that is not trusted, or has no EOS token, since no response could end.
     """
-    tokenizer = AutoTokenizer.from_pretrained(check_source(path), revision=revision, trust_remote_code=trust_remote_code)
+    check_remote_code(check_source(path), "tokenizer", revision, trust_remote_code)
+    with explained(path, "its tokenizer", revision):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer("a")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no EOS token, so no response could end; set tokenizer.eos_token and save it there")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -75,38 +72,56 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads weights in `dtype` (safetensors only), checks that none is missing, and makes room for an added pad token.
 
-    Raises ValueError for an encoder-decoder, missing weights, or a tokenizer whose ids exceed the model's table.
+    Raises ValueError for a model of another kind, missing or broken weights, or a tokenizer whose ids exceed the model's table.
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(check_source(path), **source)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{path} is an encoder-decoder ({config.model_type}); lit_rlhf works on causal decoders only")
-    scalar = auto is AutoModelForSequenceClassification
+    config, scalar = load_config(path, **source), auto is AutoModelForSequenceClassification
+    check_architecture(config, path, scalar)
+    check_weight_files(path)
     if scalar:
         config.num_labels = 1
     fits = tokenizer.pad_token_id < (getattr(config, "vocab_size", None) or 0)
     config.pad_token_id = tokenizer.pad_token_id if fits else None  # embeddings with a padding_idx refuse one outside their table
     options = source | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
-    model, info = _read(auto, path, config=config, dtype=getattr(torch, dtype), **options)
+    model, info = _read(auto, path, config=config, dtype=dtype_of(dtype), **options)
+    check_loaded(model, path, info)
     _check_missing(model, path, list(info["missing_keys"]), head if scalar else "saved")
     if not dropout:
         disable_dropout(model)
     freeze(model, frozen_layers)
+    _fit_table(model, path, tokenizer)
+    return model
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The floating point type of that name."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {name!r}, which is no floating point type of torch; give float32, bfloat16 or float16")
+    return found
+
+
+def _fit_table(model: PreTrainedModel, path: str, tokenizer: Tokenizer) -> None:
+    """Makes room for a pad token that was added behind the model's table; refuses a tokenizer with other ids beyond it."""
     rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if top == tokenizer.pad_token_id == rows:
         model.resize_token_embeddings(rows + 1, mean_resizing=False)
         model.config.pad_token_id = tokenizer.pad_token_id
     elif top >= rows:
-        raise ValueError(f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together")
-    return model
+        raise ValueError(
+            f"the tokenizer of {path} has ids up to {top}, the model's table has {rows} rows; they do not belong together: give the model "
+            "with its own tokenizer"
+        )
 
 
 def _read(auto: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """from_pretrained, from safetensors, without its report of missing weights: `_check_missing` gives the verdict on them."""
+    """from_pretrained, from safetensors, without its report of missing weights: we give the verdict on them and on their shapes."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
+    checked: Any = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+        with explained(path, "its weights", options.get("revision")):
+            return auto.from_pretrained(path, **checked, **options)
     finally:
         hf_logging.set_verbosity(verbosity)
 
@@ -115,7 +130,8 @@ def _check_missing(model: PreTrainedModel, path: str, missing: list[str], head: 
     """Accepts a missing scalar head only where one may be made, and makes it."""
     other = [key for key in missing if not key.startswith("score.")]
     if other:
-        raise ValueError(f"{path} lacks weights of {type(model).__name__}: {', '.join(other[:3])}{'…' if len(other) > 3 else ''}")
+        keys = f"{', '.join(other[:3])}{'…' if len(other) > 3 else ''}"
+        raise ValueError(f"{path} lacks weights of {type(model).__name__}: {keys}; copy or export the directory again")
     if missing and head == "saved":
         raise ValueError(f"{path} has no reward head ({missing[0]} is missing): it is a language model; train it with PairwiseReward first")
     if missing:
@@ -159,7 +175,7 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
 
 def context_length_of(path: str, **source: Any) -> int | None:
     """`context_length` of a directory or hub name, from its config alone."""
-    return context_length(AutoConfig.from_pretrained(check_source(path), **source))
+    return context_length(load_config(path, **source))
 
 
 def context_length(config: Any) -> int | None:

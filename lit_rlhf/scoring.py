@@ -117,7 +117,8 @@ class PipelineReward:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if self.pipe is None:
             ready = isinstance(self.model, Pipeline)
-            self.pipe = self.model if ready else pipeline("text-classification", model=self.model, device=device)
+            safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}  # no pickles, no code of the model's own
+            self.pipe = self.model if ready else pipeline("text-classification", model=self.model, device=device, **safe)
             if ready and self.pipe.device != device:
                 self.pipe.model.to(device)
                 self.pipe.device = device

@@ -29,12 +29,12 @@ def render(tokenizer: Any, prompt: Text, responses: list[Text], where: str) -> R
 
 
 def _template(tokenizer: Any, messages: list[Message], where: str, generate: bool = True) -> str:
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False))
-    except TemplateError as error:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False))
+        text.encode()
+    except Exception as error:  # a template is a program: it may raise anything over a field of the wrong type
         raise BadRow("chat template", where, f"the tokenizer's chat template refuses the messages: {error}") from error
+    return text
 
 
 def _answer(tokenizer: Any, prompt: list[Message], text: str, turn: list[Message], where: str) -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from itertools import chain, combinations, islice
 from typing import Any
 
-from lit_rlhf.data.read import BadRow, Row, _short
+from lit_rlhf.data.read import BadRow, Row, _short, names_of
 from lit_rlhf.data.text import format_article, format_tldr
 
 Message = dict[str, Any]
 Text = str | list[Message]  # a plain text, or chat messages
+LARGEST = 3.4e38  # of a float32, in which numbers are kept
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Fields:
         """The raw value; a BadRow where the row has no such field."""
         name = self.renamed.get(name, name)
         if name not in self.row:
-            raise self.bad("missing field", f'no field "{name}" (has: {", ".join(sorted(map(str, self.row))) or "nothing"})')
+            raise self.bad("missing field", f'no field "{name}" (has: {names_of(self.row)})')
         return self.row[name]
 
     def text(self, name: str) -> str:
@@ -79,9 +80,9 @@ class Fields:
         """The value as a finite number (csv files hold numbers as texts)."""
         try:
             number = math.nan if isinstance(value, bool) or value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             raise self.bad("not a number", f"{what} is {_short(value)}, not a finite number")
         return number
 
@@ -219,7 +220,8 @@ def _comparison(row: Fields) -> Example:
         columns |= {f"{name}_chosen": first.get(name), f"{name}_rejected": second.get(name)}
     if first.get("policy") is not None and second.get("policy") is not None:
         columns["policies"] = "--".join(sorted((str(first["policy"]), str(second["policy"]))))
-    columns["confidence"] = (row.row.get("extra") or {}).get("confidence", row.row.get("confidence"))
+    extra = row.row.get("extra")
+    columns["confidence"] = (extra if isinstance(extra, dict) else {}).get("confidence", row.row.get("confidence"))
     return row.example(
         prompt, [texts[int(choice)], texts[1 - int(choice)]], pairs=[(0, 1)], reference=plain(texts[int(choice)]), columns=columns
     )
@@ -285,7 +287,7 @@ def examples(
     renamed, rows = dict(renamed or {}), iter(rows)
     head = list(islice(rows, 100))
     if not head:
-        raise ValueError(f"{source} has no rows")
+        raise ValueError(f"{source} has no rows; check that it is the file you mean, and that it was written to its end")
     known = [Fields(row, where, renamed) for where, row in head if isinstance(row, dict)]
     schema = next((schema for schema in schemas if any(schema.matches(row) for row in known)), None)
     if schema is None and known:
@@ -303,7 +305,7 @@ def examples(
 def _unknown(row: Fields, source: str, schemas: tuple[Schema, ...]) -> str:
     """What was found, what is accepted, and how to name one's own columns."""
     missing = [f"{ours}: {theirs}" for ours, theirs in row.renamed.items() if theirs not in row.row]
-    has = ", ".join(sorted(map(str, row.row))) or "nothing"
+    has = names_of(row.row)
     if missing:
         return f"{row.where}: `columns` says {', '.join(missing)}, but the row has: {has}"
     wanted = {name for schema in schemas for c in schema.columns for name in ((c,) if isinstance(c, str) else c)}

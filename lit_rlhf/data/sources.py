@@ -46,13 +46,13 @@ def open_source(data: Any, *, name: str | None = None, revision: str | None = No
     data = os.fspath(data)
     if re.match(r"https?://", data):
         return {"": _from_url(data)}
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
         return {"": _from_file(path)}
     if data.startswith((".", "/", "~")) or suffix_of(data) or data.count("/") > 1:
-        raise FileNotFoundError(f"{data}: no such file or folder (looked from {os.getcwd()})")
+        raise FileNotFoundError(f"{data}: no such file or folder (looked from {os.getcwd()}); check the path")
     return _from_hub(data, name, revision)
 
 
@@ -76,8 +76,11 @@ def _from_list(rows: list[Any]) -> Part:
 
 def _from_file(path: Path, name: str | None = None) -> Part:
     def content() -> str:
-        with open(path, "rb") as file:
-            return _digest(iter(lambda: file.read(1 << 20), b""))
+        try:
+            with open(path, "rb") as file:
+                return _digest(iter(lambda: file.read(1 << 20), b""))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 
     return Part(name or str(path), lambda: read_file(path, name), content)
 
@@ -97,7 +100,7 @@ def _from_url(url: str) -> Part:
 def _from_folder(path: Path) -> dict[str, Part]:
     """A folder that save_to_disk wrote, or one of files whose names say their split: train.jsonl, data/valid-0.parquet, tldr_train.csv."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return open_source(datasets.load_from_disk(str(path)))
+        return open_source(_saved(path))
     files = sorted(f for f in path.rglob("*") if f.is_file() and suffix_of(f.name) and not f.name.startswith((".", "dataset_info")))
     if not files:
         raise ValueError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)}, or with .gz)")
@@ -110,6 +113,18 @@ def _from_folder(path: Path) -> dict[str, Part]:
     if not {"train", *VAL_NAMES} & set(splits):
         splits[""] = files
     return {split: _from_files(members) for split, members in splits.items()}
+
+
+def _saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """What save_to_disk left in a folder, its tables checked: pyarrow trusts a damaged file's offsets."""
+    try:
+        found = datasets.load_from_disk(str(path))
+        for part in found.values() if isinstance(found, datasets.DatasetDict) else [found]:
+            part.data.table.validate(full=True)
+    except Exception as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: not a readable data set of save_to_disk ({what}): it is damaged or cut off; save it again") from error
+    return found
 
 
 def _from_files(files: list[Path]) -> Part:
@@ -128,6 +143,11 @@ def _from_hub(data: str, name: str | None, revision: str | None) -> dict[str, Pa
         raise ValueError(f"{data}: neither a file or folder here nor a data set on the hub ({error})") from error
     except ConnectionError as error:
         raise ValueError(f"{data}: no such file or folder, and the hub cannot be reached ({error})") from error
+    except Exception as error:
+        what = (str(error).splitlines() or ["no reason given"])[0][:300]
+        raise ValueError(
+            f"{data}: the hub's data set cannot be loaded ({type(error).__name__}: {what}); check its name, and `name`, its configuration"
+        ) from error
     return {split: _from_dataset(part, f"{data}/{split}") for split, part in loaded.items()}
 
 

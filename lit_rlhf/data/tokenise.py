@@ -218,7 +218,7 @@ def _row(draft: Draft, prompt_ids: list[int], answers: list[list[int]], encoder:
     pairs, target, margin = _pairs(draft, settings)
     if example.pairs and not pairs:
         return _dropped("equal responses or scores")
-    columns = {**example.columns, "prompt": prompt}
+    columns = _plain_json({**example.columns, "prompt": prompt}, where)
     return {
         "key": int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little", signed=True),
         "prompt": prompt,
@@ -229,10 +229,19 @@ def _row(draft: Draft, prompt_ids: list[int], answers: list[list[int]], encoder:
         "target": target,
         "margin": margin,
         "reference": example.reference,
-        "columns": json.dumps(columns, default=str),
+        "columns": columns,
         "truncated": prompt != draft.prompt,
         "dropped": "",
     }
+
+
+def _plain_json(columns: dict[str, Any], where: str) -> str:
+    """The row's columns as JSON, which reward functions and metrics by group get back; a BadRow where one cannot be kept so."""
+    try:
+        return json.dumps(columns, default=str)
+    except (RecursionError, TypeError, ValueError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadRow("not plain data", where, f"its columns cannot be kept as JSON ({what}): leave out the one that is so") from None
 
 
 def _fit(draft: Draft, ids: list[int], encoder: Encoder, settings: Settings) -> tuple[str, list[int]]:

@@ -7,6 +7,7 @@ from lit_rlhf.data import PairwiseDataModule, PromptDataModule, SFTDataModule
 
 SKIP = "; mend the row, or leave such rows out with on_bad_row: skip"
 OK = '{"prompt": "Q", "label": "A"}\n'
+NO_ROWS = "FILE has no rows; check that it is the file you mean, and that it was written to its end"
 SFT_KNOWN = "Accepted: prompt + label/completion/summary/response; messages; subreddit + title + post + summary. "
 POST = "SUBREDDIT: r/cats\\n\\nTITLE: Help\\n\\nPOST: It ate.\\n\\nTL;DR:"
 
@@ -60,17 +61,18 @@ BAD = [
         "FILE:3: invalid UTF-8 at byte 3 of the line (0xff): save the file as UTF-8" + SKIP,
         "not UTF-8",
     ),
-    ("x.json", f"[{OK},\n{OK}", SFTDataModule, {}, "FILE:4: the array does not end: the file is cut off", None),
+    ("x.json", f"[{OK},\n{OK}", SFTDataModule, {}, "FILE:4: the array does not end: the file is cut off; fetch or write it again", None),
     (
         "x.json",
         f"[{OK},\n{{]",
         SFTDataModule,
         {},
-        "FILE:3: not valid JSON: Expecting property name enclosed in double quotes at column 2",
+        "FILE:3: not valid JSON: Expecting property name enclosed in double quotes at column 2; mend the array, or write one object a line: bad "
+        "lines can then be skipped",
         None,
     ),
-    ("x.jsonl", "", SFTDataModule, {}, "FILE has no rows", None),
-    ("x.csv", "prompt,label\n", SFTDataModule, {}, "FILE has no rows", None),
+    ("x.jsonl", "", SFTDataModule, {}, NO_ROWS, None),
+    ("x.csv", "prompt,label\n", SFTDataModule, {}, NO_ROWS, None),
     (
         "x.jsonl",
         '{"promt": "Q", "label": "A"}\n',
