@@ -21,6 +21,8 @@ PHRASES = (
     (re.compile(r"Expected a dot import path string: (\S+)"), r"no class is named \1 (give its name or its import path)"),
     (re.compile(r"Expected an? (.*)\. Got value: "), r"expected \1, got "),
     (re.compile(r"\bExpected an? "), "expected "),
+    (re.compile(r"Type collections\.abc\.Callable\S* \S+ expects a function or a callable class: "), "expected a function's import path: "),
+    (re.compile(r"the following arguments are required: (\w+)"), r"the key \1 is missing: give it"),
 )
 
 
@@ -40,7 +42,7 @@ def one_line(error: BaseException, args: Sequence[str] = (), names: Iterable[str
             '"<unicode string>"', " or ".join(_config_files(args)) or "the text"
         )  # PyYAML does not know which file it reads
     leaf = keys[-1].split(".")[-1]
-    if value and not unknown and "got " not in text and value not in text:
+    if value and not unknown and "got " not in text and value not in text and not value.startswith("Namespace("):
         text += f", got {value}"
     close = difflib.get_close_matches(leaf, sorted(set(names)), n=1) if unknown else []
     text += f"; did you mean {close[0]}?" if close else ""

@@ -3,6 +3,7 @@
 Weights are read from safetensors alone, and code that a directory brings along runs only where the user sets `trust_remote_code`.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +17,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "merges", "spiece", "sentencepiece", "tiktoken")
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 
 
 def check_source(path: str) -> str:
-    """Returns `path` if it is a model directory or can be a hub name, else raises FileNotFoundError with what is wrong."""
+    """Returns `path` if it is a model directory or can be a hub name, else raises FileNotFoundError or ValueError with what is wrong."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError(
                 f"{path} is no Hugging Face model directory: it has no config.json (a .ckpt is for resuming, `hf/` for the next stage)"
             )
+        try:
+            if not isinstance(json.loads(Path(path, "config.json").read_bytes()), dict):
+                raise ValueError("no object with named fields")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its config.json is no JSON ({error}): it is damaged or cut off; copy or export it again") from None
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(
             f"no model directory at {path!r} (seen from {os.getcwd()}); run the stage that writes it first, or give a hub name"
@@ -98,6 +105,13 @@ def explained(path: str, what: str, revision: str | None = None) -> Iterator[Non
             at = "" if revision is None else f" at revision {revision}"
             remedy = f"check that the hub has {path}{at}, that it may be read, and the network (HF_HUB_OFFLINE forbids it)"
         raise ValueError(f"{path}: {what} cannot be read ({type(error).__name__}: {first[:300]}); {remedy}") from error
+
+
+def check_tokenizer_files(path: str) -> None:
+    """Raises ValueError for a directory without any file of a tokenizer."""
+    folder = Path(path)
+    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        raise ValueError(f"{path} has no tokenizer: no tokenizer.json, no tokenizer_config.json; copy those that the model came with")
 
 
 def check_weight_files(path: str) -> None:

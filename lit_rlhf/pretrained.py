@@ -18,6 +18,7 @@ from lit_rlhf.directories import (
     check_loaded,
     check_remote_code,
     check_source,
+    check_tokenizer_files,
     check_weight_files,
     explained,
     load_config,
@@ -31,6 +32,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     Raises ValueError where it cannot be read, brings code along that is not trusted, or has no EOS token, since no response could end.
     """
     check_remote_code(check_source(path), "tokenizer", revision, trust_remote_code)
+    check_tokenizer_files(path)
     with explained(path, "its tokenizer", revision):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer("a")
@@ -168,7 +170,8 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
         return
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
     if not stacks or not 0 < layers <= len(stacks[0]):
-        raise ValueError(f"frozen_layers is {layers}, the model has {model.config.num_hidden_layers} blocks")
+        most = model.config.num_hidden_layers
+        raise ValueError(f"frozen_layers is {layers}, the model has {most} blocks; give at most {most}")
     for module in (model.get_input_embeddings(), *stacks[0][:layers]):
         module.requires_grad_(False)
 

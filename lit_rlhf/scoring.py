@@ -189,7 +189,8 @@ def check_reward_fn(fn: Any) -> None:
             inspect.signature(fn).bind([], [], **extra)
         except TypeError:
             raise TypeError(
-                f"reward_fn {fn!r} has the signature {inspect.signature(fn)}; it is called as reward_fn(prompts, responses, **columns)"
+                f"reward_fn {getattr(fn, '__name__', repr(fn))} has the signature {inspect.signature(fn)}; it is called as "
+                "reward_fn(prompts, responses, **columns)"
             ) from None
 
 

@@ -13,7 +13,9 @@ import datasets
 
 from lit_rlhf.data.read import SUFFIXES, BadRow, Row, read_file, suffix_of
 
-Data = str | datasets.Dataset | datasets.DatasetDict | list[dict[str, Any]] | list[str]
+# str | Dataset | DatasetDict | list of dicts | list of str. For a class in the type, jsonargparse would take the name of a file for that of
+# a configuration, and put what stands in the file (a whole csv, as one string) in the place of its name.
+Data = Any
 VAL_NAMES = ("validation", "valid", "val", "test")
 
 

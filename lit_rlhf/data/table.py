@@ -116,7 +116,7 @@ def build_table(part: Part, schemas: tuple[Schema, ...], settings: Settings, enc
     table = _as_table(part.name, _cached(rows, fingerprint))
     if not len(table):
         reasons = ", ".join(f"{n} {reason}" for reason, n in table.dropped.items())
-        raise ValueError(f"{part.name}: all {table.read} rows are dropped ({reasons})")
+        raise ValueError(f"{part.name}: all {table.read} rows are dropped ({reasons}); mend rows, or loosen the settings that drop them")
     return table
 
 

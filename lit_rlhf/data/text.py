@@ -5,10 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # OpenAI's format has blank lines between the parts, CarperAI's data sets have single newlines and, in the comparisons, no "TL;DR:".
-_TLDR = re.compile(
-    r"\s*SUBREDDIT: (?P<subreddit>[^\n]*)(?P<gap>\n{1,2})TITLE: (?P<title>.*?)(?P=gap)POST: ?(?P<post>.*?)(?:(?P<tail>\s*)TL;DR:)?\s*",
-    re.DOTALL,
-)
+_TLDR = re.compile(r"\s*SUBREDDIT: (?P<subreddit>[^\n]*)(?P<gap>\n{1,2})TITLE: (?P<title>.*?)(?P=gap)POST: ?", re.DOTALL)
 _ARTICLE = re.compile(r"\s*Article:\n(?P<post>.*)\n\nTL;DR:\n?\s*", re.DOTALL)
 # Scripts that write no spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han. Each character counts as a word.
 _SPACELESS = re.compile(
@@ -42,9 +39,12 @@ def format_article(article: str) -> str:
 
 def split_post(prompt: str) -> Post | None:
     """The parts of a prompt in TL;DR (or CNN/DM) format, with "TL;DR:" added where it is missing; None for any other text."""
-    if found := _TLDR.fullmatch(prompt):
-        tail = found["tail"] if found["tail"] and "\n" in found["tail"] else found["gap"]
-        return Post(prompt[found.start("subreddit") - len("SUBREDDIT: ") : found.start("post")], found["post"], tail + "TL;DR:")
+    if found := _TLDR.match(prompt):
+        body = prompt[found.end() :].rstrip()  # by hand: a pattern for the end takes a minute over a post with 100,000 spaces
+        before = body.removesuffix("TL;DR:")
+        post = before.rstrip()
+        tail = before[len(post) :] if before != body and "\n" in before[len(post) :] else found["gap"]
+        return Post(prompt[found.start("subreddit") - len("SUBREDDIT: ") : found.end()], post, tail + "TL;DR:")
     if found := _ARTICLE.fullmatch(prompt):
         return Post("Article:\n", found["post"], "\n\nTL;DR:\n")
     return None
@@ -52,7 +52,7 @@ def split_post(prompt: str) -> Post | None:
 
 def subreddit_of(prompt: str) -> str | None:
     """The subreddit's name without "r/", or None where the prompt is no TL;DR post."""
-    found = _TLDR.fullmatch(prompt)
+    found = _TLDR.match(prompt)
     return found["subreddit"].strip().removeprefix("r/") if found else None
 
 

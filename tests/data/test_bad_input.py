@@ -67,8 +67,8 @@ BAD = [
         f"[{OK},\n{{]",
         SFTDataModule,
         {},
-        "FILE:3: not valid JSON: Expecting property name enclosed in double quotes at column 2; mend the array, or write one object a line: bad "
-        "lines can then be skipped",
+        "FILE:3: not valid JSON: Expecting property name enclosed in double quotes at column 2; mend the array, or write one object a "
+        "line: bad lines can then be skipped",
         None,
     ),
     ("x.jsonl", "", SFTDataModule, {}, NO_ROWS, None),

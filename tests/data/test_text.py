@@ -44,6 +44,14 @@ def test_split_post(prompt, parts):
     assert split_post(prompt) == parts
 
 
+def test_a_post_with_many_spaces_is_fast():
+    started = time.perf_counter()
+    for space in " \n":
+        prompt = "SUBREDDIT: r/a\nTITLE: b\nPOST: c" + space * 200_000 + "d"
+        assert split_post(prompt).post == "c" + space * 200_000 + "d" and subreddit_of(prompt) == "a"
+    assert time.perf_counter() - started < 2
+
+
 def test_subreddit_and_response():
     assert subreddit_of(OPENAI) == "cats"
     assert subreddit_of("hello") is None
