@@ -3,6 +3,7 @@
 #   make test         install, then the fast tests (under 10 minutes on 2 cores)
 #   make test-slow    the tests that train for minutes
 #   make lint         ruff and mypy
+#   make audit        a note on known vulnerabilities of the pinned dependencies (pip-audit); it never fails
 # On a machine with a GPU choose the build of PyTorch yourself:  make TORCH='torch==2.13.0 --index-url URL' quickstart
 # or install into an environment of your own:                    make VENV=/path/to/venv quickstart
 
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.lit-rlhf-installed
 # More threads than cores slow small models down; nothing is fetched from the hub.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow lint audit format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -47,9 +48,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In an environment of its own, so that its dependencies do not mix with those that it looks up.
+audit: $(STAMP)
+	@test -x $(VENV)-audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet pip-audit; } >/dev/null 2>&1 || true
+	@$(BIN)/python .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) $(VENV)-audit .pytest_cache .mypy_cache .ruff_cache dist

@@ -53,7 +53,8 @@ def one_line(error: BaseException, args: Sequence[str] = (), names: Iterable[str
 def _parts(message: str) -> tuple[list[str], list[str], str]:
     """The keys from the outermost to the innermost, the reasons, and the value that was given for the innermost key."""
     keys, reasons, value = [], [], ""
-    for line in (line.strip().removeprefix("- ").strip() for line in message.splitlines()):
+    message = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message)  # data may steer a terminal
+    for line in (line.strip().removeprefix("- ").strip() for line in message.split("\n")):
         if line.startswith("Given value: "):
             value = value or line.removeprefix("Given value: ")
             continue

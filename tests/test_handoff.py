@@ -85,7 +85,7 @@ def test_a_stage_refuses_the_wrong_directory(runs, tmp_path, sft_dir):
     path = runs[0]
     with pytest.raises(ValueError, match="has no reward head"):
         ScalarModel.load(str(path / "sft/hf"))
-    with pytest.raises(ValueError, match="lacks weights of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="is a reward or value model"):
         CausalPolicy.load(str(path / "reward/hf"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no config.json"):

@@ -1,5 +1,6 @@
 """What the three DataModules share: asking the module for its tokenizer, and making loaders for the Trainer."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,21 @@ from lit_rlhf.data.sources import open_source, pick
 from lit_rlhf.data.table import Table, build_table, load_tables, report, summarise
 from lit_rlhf.data.tokenise import Encoder
 
+FROM_USER = ("optimizer", "scheduler", "peft", "reward_fn", "rouge_tokenizer", "tokenizer", "trust_remote_code")
 WANTED = {"fit": {"train", "val"}, "validate": {"val"}, "test": {"test"}, "predict": {"test", "val", "train"}}
+
+
+def trusted_arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for Lightning's `load_from_checkpoint` with which a checkpoint's hyper-parameters import nothing and trust nothing.
+
+    Files of Lightning's command line ask for its parser, which imports whatever class or function they name. Here they are plain data, and
+    what may be code (`FROM_USER`) is the caller's, or else the signature's default.
+    """
+    defaults: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        defaults |= {name: parameters[name].default for name in FROM_USER if name in parameters}
+    return {"weights_only": True} | defaults | given | {"_instantiator": None}
 
 
 def encoder_of(trainer: Any, tokenizer: Any) -> tuple[Encoder, int | None]:

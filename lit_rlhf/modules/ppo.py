@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from lit_rlhf.batch import Batch, Experience
 from lit_rlhf.checkpoints import RunRecord, settle
 from lit_rlhf.collapse import CollapseWatch, sign_stats, signs
+from lit_rlhf.data.common import trusted_arguments
 from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
 from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
@@ -161,6 +162,11 @@ class PPO(L.LightningModule):
         self.experience: Experience | None = None
         self.strict_loading = False  # frozen networks are not in our checkpoints
         self._tokenizer: Any = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "PPO":
+        """Lightning's; what may be code (`data.common.FROM_USER`) is taken from `arguments`, never from the file."""
+        return super().load_from_checkpoint(checkpoint_path, **trusted_arguments(cls, arguments))
 
     # What the data module asks for
 
