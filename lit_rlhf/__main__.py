@@ -1,19 +1,20 @@
-"""`lit-rlhf` and `python -m lit_rlhf`: the quickstart, which drives the command line, or the command line itself."""
+"""`lit-rlhf` and `python -m lit_rlhf`: the commands that stand apart (quickstart, plan, consolidate), or the command line itself."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from lit_rlhf import cli
 
+APART = {"quickstart": "lit_rlhf.quickstart.run", "plan": "lit_rlhf.planning.run", "consolidate": "lit_rlhf.consolidate"}
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `args` (sys.argv[1:] if None) and returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] != ["quickstart"]:
+    if not args or args[0] not in APART:
         return cli.main(args)
-    from lit_rlhf.quickstart.run import main as quickstart
-
-    return quickstart(args[1:])
+    return int(importlib.import_module(APART[args[0]]).main(args[1:]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lit_rlhf.data.loader import run_seed
-from lit_rlhf.sharding import plain_name, saves_shards
+from lit_rlhf.sharding import name_weights, plain_name, saves_shards
 
 FORMAT = 1
 KEY = "lit_rlhf"
@@ -69,6 +69,7 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
     undone = module.run.undone(trainer)
     if undone:
         _take_back(checkpoint, undone, type(trainer.datamodule).__qualname__)
+    name_weights(module, checkpoint)
     if not saves_shards(trainer):
         frozen = {plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         frozen |= _frozen_buffers(module)

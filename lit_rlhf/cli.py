@@ -32,11 +32,13 @@ from lit_rlhf.checkpoint_io import AtomicCheckpointIO, newest
 from lit_rlhf.cli_errors import one_line, parameter_names
 from lit_rlhf.generation import Sampling
 from lit_rlhf.optim import Schedule
+from lit_rlhf.strategies import refuse_strategy
 
 PACKAGE = Path(__file__).parent
 SIGTERM_EXIT = 143  # 128 + 15: a scheduler must not take a stopped run for a finished one, as Lightning's exit code 0 says
 DESCRIPTION = (
-    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world; the other commands take YAML files "
+    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world, `lit-rlhf plan` says "
+    "before a run what memory and hours it takes; the other commands take YAML files "
     "(--config, repeated for overlays) and any key of them as an option. --debug (or LIT_RLHF_DEBUG=1) shows tracebacks."
 )
 
@@ -68,6 +70,10 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing, where Lightning puts the checkpoint's values over the user's (a private name, pinned by a test)."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses strategies by name, before Lightning asks for their packages."""
+        refuse_strategy(self._get(self.config, "trainer", default={}).get("strategy"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds, unless the user gives one of its kind: progress bar, JSONLWriter for `predict`, checkpoints that are whole or absent."""

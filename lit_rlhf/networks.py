@@ -230,8 +230,9 @@ def in_parts(network: nn.Module, batch: Batch, budget: int, forward: Callable[[B
         part[m], total = last, total + n
     of_row = torch.tensor(part, device=batch.prompt_of.device)[batch.prompt_of]
     index = [rows for i in range(last + 1) if len(rows := (of_row == i).nonzero().squeeze(1))]
+    turns = most(network, len(index))  # before the first forward, so that the ranks' collectives are the same ones in the same order
     found = [forward(batch if len(index) == 1 else batch.select(rows)) for rows in index]
-    for _ in range(most(network, len(index)) - len(index)):
+    for _ in range(turns - len(index)):
         forward(batch.select(index[0]))
     return pad_cat(found)[torch.cat(index).argsort()]
 

@@ -151,3 +151,22 @@ def clip_gradients(module: Any, optimizer: Any, clip_val: float | None, algorith
         root.clip_grad_norm_(clip_val)
     else:
         module.clip_gradients(optimizer, clip_val, algorithm)
+
+
+def name_weights(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Calls the weights in a whole checkpoint's optimizer states by their names, so that sharded strategies find them.
+
+    torch's optimizers number their own weights from 0, and Lightning takes those numbers to count all weights of the module: where frozen
+    ones stand between, FSDP2 would take one weight's moments for another's without a word, and FSDP1 fail. Single processes and DDP load
+    by order, whatever the weights are called.
+    """
+    if shards(module.trainer) or "optimizer_states" not in checkpoint:
+        return
+    names = {p: name for name, p in module.named_parameters()}
+    states = []
+    for optimizer, saved in zip(module.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+        own = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        to = dict(zip((i for group in saved["param_groups"] for i in group["params"]), own, strict=True))
+        groups = [group | {"params": [to[i] for i in group["params"]]} for group in saved["param_groups"]]
+        states.append(saved | {"state": {to[i]: state for i, state in saved["state"].items()}, "param_groups": groups})
+    checkpoint["optimizer_states"] = states

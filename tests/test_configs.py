@@ -37,7 +37,7 @@ def test_what_was_found():
     assert len(FILES) == sum(1 for path in CONFIGS.rglob("*") if path.is_file()), "configs/ holds YAML files only, all ending in .yaml"
     stages = {f"{family}/{stage}.yaml" for family in ("quickstart", "tldr", "tldr/gptj", "local") for stage in ("sft", "reward", "ppo")}
     assert stages <= set(RUNS)
-    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "multinode")} <= set(OVERLAYS)
+    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp1", "multinode")} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -14,7 +14,7 @@ LAYERS = (
     {"generation", "scoring", "data"},
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
-    {"__init__", "api", "cli", "cli_errors"},
+    {"__init__", "api", "cli", "cli_errors", "consolidate"},
     {"quickstart.run"},  # drives the command line
     {"__main__"},
 )

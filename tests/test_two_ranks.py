@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent / "two_ranks.py"
 STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
-def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
+def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
     """The processes of a run, with the variables that torchrun sets."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -33,7 +33,7 @@ def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
         }
         extra = {k: str(v) for k, v in (names | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0}).items()} if ranks > 1 else {}
         made.append(
-            subprocess.Popen([sys.executable, str(SCRIPT), str(ranks), *arguments], env=plain | extra, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([sys.executable, str(script), str(ranks), *arguments], env=plain | extra, stderr=subprocess.PIPE, text=True)
         )
     return made
 

@@ -27,15 +27,15 @@ ROWS = [{"prompt": words(i, 3 + i % 5), "label": words(i + 1, 1 + i % 6)} for i 
 PAIRS = [{"prompt": words(i, 3 + i % 5), "chosen": words(i, 1 + i % 6), "rejected": words(i + 2, 2 + i % 3)} for i in range(16)]
 
 
-def trainer(name: str, **more) -> L.Trainer:
+def trainer(name: str, sharded: bool = False, **more) -> L.Trainer:
     """A Trainer of one process ("one") or of both ranks under a strategy, clipping the gradients' norm."""
     more = (
-        ({"devices": 1} if name == "one" else {"strategy": strategy(name), "devices": 2})
+        ({"devices": 1} if name == "one" else {"strategy": strategy(name, sharded=sharded), "devices": 2})
         | {"max_steps": 6, "gradient_clip_val": 0.5}
         | more
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, accumulate_grad_batches=2, **more, **quiet)
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, accumulate_grad_batches=2, **(quiet | more))
 
 
 def watched(kind: type, key: str) -> type:
