@@ -209,13 +209,15 @@ def _check_weights(module: L.LightningModule, saved: Mapping[str, Any]) -> None:
     own = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if missing := sorted(own.keys() - saved.keys()):
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the {len(own)} weights that train, {missing[0]} first: give the model, peft and frozen_layers of its run"
+            f"the checkpoint lacks {len(missing)} of the {len(own)} weights that train, {missing[0]} first: give the model, peft and "
+            "frozen_layers of its run"
         )
     whole = not isinstance(module.trainer.strategy, FSDPStrategy)  # FSDP1's parameters are pieces
     for name, parameter in own.items() if whole else ():
         if tuple(saved[name].shape) != tuple(parameter.shape):
             raise ValueError(
-                f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the model's {tuple(parameter.shape)}: give the model of its run"
+                f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the model's {tuple(parameter.shape)}: give the model of "
+                "its run"
             )
 
 
