@@ -5,7 +5,6 @@ The command line adds this one; in Python: `Trainer(plugins=[AtomicCheckpointIO(
 """
 
 import os
-import pickle
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-BAD_FILE = (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, UnicodeDecodeError)
 PARTIAL = ".partial"
 
 
@@ -73,8 +71,8 @@ def read(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
         raise ValueError(f"the checkpoint {path} is a directory without a sharded checkpoint in it; {hint}")
     try:
         found = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except BAD_FILE as error:
-        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
+    except Exception as error:
+        if "Weights only load failed" in str(error):
             raise ValueError(
                 f"the checkpoint {path} holds more than tensors and plain data, which could be code: it is not loaded; {older(path)}"
             ) from error
