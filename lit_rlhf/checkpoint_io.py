@@ -74,7 +74,7 @@ def read(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
     except Exception as error:
         if "Weights only load failed" in str(error):
             raise ValueError(
-                f"the checkpoint {path} holds more than tensors and plain data, which could be code: it is not loaded"
+                f"the checkpoint {path} holds more than tensors and plain data, which could be code: it is not loaded; {older(path)}"
             ) from error
         size = f"{path.stat().st_size:,} bytes"
         raise ValueError(

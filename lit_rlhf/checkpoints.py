@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -95,7 +96,7 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
 def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Refuses a checkpoint that this module cannot go on from, and lists changed settings; call it in `on_load_checkpoint`.
 
-    Raises ValueError: another class or format, a starting directory that has changed, weights that are missing or of another shape.
+    Raises ValueError: another class or format, a starting directory that has changed, weights that are missing, of another shape, or alone.
     """
     saved = checkpoint.get(KEY)
     if saved is None or saved.get("format") != FORMAT:
@@ -112,6 +113,11 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
                 f"the files of {name} {getattr(module, name)!r} are not those that the checkpoint was made with (fingerprint {old[:12]}, "
                 f"now {(new or 'none')[:12]}): put them back, or start a new run without ckpt_path"
             )
+    if module.trainer.state.fn == TrainerFn.FITTING and not {"optimizer_states", "loops"} <= checkpoint.keys():
+        raise ValueError(
+            "the checkpoint holds weights alone (save_weights_only), so no run can go on from it: save whole ones, or start a new run "
+            "from an exported directory"
+        )
     if "state_dict" in checkpoint:  # FSDP2 has put the weights in place by now
         _check_weights(module, checkpoint["state_dict"])
     module.run.resumed = dict(saved)
@@ -212,13 +218,15 @@ def _check_weights(module: L.LightningModule, saved: Mapping[str, Any]) -> None:
     own = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if missing := sorted(own.keys() - saved.keys()):
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the {len(own)} weights that train, {missing[0]} first: its networks were others"
+            f"the checkpoint lacks {len(missing)} of the {len(own)} weights that train, {missing[0]} first: give the model, peft and "
+            "frozen_layers of its run"
         )
     whole = not isinstance(module.trainer.strategy, FSDPStrategy)  # FSDP1's parameters are pieces
     for name, parameter in own.items() if whole else ():
         if tuple(saved[name].shape) != tuple(parameter.shape):
             raise ValueError(
-                f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the model's {tuple(parameter.shape)}: other networks"
+                f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the model's {tuple(parameter.shape)}: give the model of "
+                "its run"
             )
 
 

@@ -33,6 +33,10 @@ def check_source(path: str) -> str:
                 raise ValueError("no object with named fields")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its config.json is no JSON ({error}): it is damaged or cut off; copy or export it again") from None
+    elif path.endswith(".ckpt"):
+        raise FileNotFoundError(
+            f"{path} is a checkpoint, to go on from with --ckpt_path, not a model: give the directory that its run started from or exported"
+        )
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(
             f"no model directory at {path!r} (seen from {os.getcwd()}); run the stage that writes it first, or give a hub name"

@@ -237,7 +237,7 @@ CASES = [
             "--trainer.callbacks.dirpath=hf",
             "--trainer.callbacks.monitor=val/los",
         ),
-        ("monitor 'val/los' was not logged", "val/loss"),
+        ("monitor 'val/los' was not logged", "val/loss", "name one"),
     ),
     # reward
     Case("reward", "a reward that raises", rewarded("raises"), ("reward function raises", "the judge is out", "prompt 0: 'the cat'")),

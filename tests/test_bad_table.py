@@ -5,16 +5,18 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from bad_cases_checkpoints import CASES as CHECKPOINTS
 from bad_cases_data import CASES as DATA
 from bad_cases_setup import CASES as SETUP
-from bad_inputs import QUIET, Case, sft
+from bad_inputs import OK, QUIET, Case, lines, pairs, sft
 
 from lit_rlhf.cli import build, main
 
-CASES = DATA + SETUP
+CASES = DATA + SETUP + CHECKPOINTS
 PAGE = Path(__file__).parents[1] / "tutorials" / "errors.md"
 HEAD = """# What it says when something is wrong
 
@@ -23,6 +25,21 @@ do about it, and in exit code 2 (refused before anything was loaded) or 1 (while
 as well. An error that keeps its traceback without `--debug` is a bug of ours: please report it. This page is made from the tests
 (`tests/test_bad_table.py`), so the lines are those that are printed.
 """
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, sft_dir):
+    """`good.ckpt` and `reward.ckpt`, each after one step."""
+    folder, before = tmp_path_factory.mktemp("checkpoints"), Path.cwd()
+    os.chdir(folder)
+    try:
+        (folder / "sft").symlink_to(sft_dir)
+        save = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=."]
+        assert main([*sft(lines(*[OK] * 4)), *save, "--trainer.callbacks.filename=good"]) == 0
+        assert main([*pairs(), *save, "--trainer.callbacks.filename=reward"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
 
 
 @pytest.fixture
@@ -47,11 +64,14 @@ def answer(case: Case, capsys, here: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.group}: {case.what}" for case in CASES])
-def test_one_line(case, capsys, here, written):
+def test_one_line(case, capsys, here, written, request):
+    if case in CHECKPOINTS:
+        for path in request.getfixturevalue("checkpoints").glob("*.ckpt"):
+            shutil.copy(path, here)
     code, line = answer(case, capsys, here)
     assert code == case.code, line
     assert not [part for part in case.says if part not in line], line
-    assert len(line) < 700
+    assert len(line) < 700 and not (here / "canary").exists()
     row = f"| {case.what} | {cell(line)} | {code} |"
     print(f"\n{case.group}: {case.what} -> {code}\n    {line}")
     if os.environ.get("LIT_RLHF_WRITE_ERRORS"):

@@ -92,7 +92,8 @@ class ExportHF(Callback):
     def _monitored(self, trainer: Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"ExportHF: monitor {self.monitor!r} was not logged; logged were: {', '.join(sorted(trainer.callback_metrics)) or 'none'}"
+                f"ExportHF: monitor {self.monitor!r} was not logged (logged: {', '.join(sorted(trainer.callback_metrics)) or 'none'}); "
+                "name one of these"
             )
         return float(trainer.callback_metrics[self.monitor])
 

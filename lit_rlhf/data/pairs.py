@@ -8,7 +8,7 @@ import numpy as np
 
 from lit_rlhf.batch import Batch
 from lit_rlhf.data.collate import collate
-from lit_rlhf.data.common import eval_loader, eval_split, extra_table, prepare, train_loader, trusted_arguments
+from lit_rlhf.data.common import eval_loader, eval_split, extra_table, load_trusted, prepare, train_loader
 from lit_rlhf.data.loader import StepLoader, permutation, run_seed
 from lit_rlhf.data.schemas import PAIR_SCHEMAS, SFT_SCHEMAS
 from lit_rlhf.data.sources import Data
@@ -102,10 +102,7 @@ class PairwiseDataModule(L.LightningDataModule):
         self._loader: StepLoader | None = None
         self._resume: dict[str, Any] = {}
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "PairwiseDataModule":
-        """Lightning's; what may be code (`data.common.FROM_USER`) is taken from `arguments`, never from the file."""
-        return super().load_from_checkpoint(checkpoint_path, **trusted_arguments(cls, arguments))
+    load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and tokenises what the stage needs; every bad row ends in an error here, before a model loads."""

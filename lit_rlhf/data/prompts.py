@@ -7,7 +7,7 @@ import numpy as np
 
 from lit_rlhf.batch import Batch
 from lit_rlhf.data.collate import collate
-from lit_rlhf.data.common import encoder_of, eval_loader, eval_split, extra_table, prepare, trusted_arguments
+from lit_rlhf.data.common import encoder_of, eval_loader, eval_split, extra_table, load_trusted, prepare
 from lit_rlhf.data.loader import StepLoader, StepNumbers, rolling, run_seed
 from lit_rlhf.data.schemas import PROMPT_SCHEMAS, SFT_SCHEMAS
 from lit_rlhf.data.sources import Data
@@ -92,10 +92,7 @@ class PromptDataModule(L.LightningDataModule):
         self._numbers: StepNumbers | None = None
         self._resume: dict[str, Any] = {}
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "PromptDataModule":
-        """Lightning's; what may be code (`data.common.FROM_USER`) is taken from `arguments`, never from the file."""
-        return super().load_from_checkpoint(checkpoint_path, **trusted_arguments(cls, arguments))
+    load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and tokenises what the stage needs; every bad row ends in an error here, before a model loads."""

@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch
 from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
-from lit_rlhf.data.common import trusted_arguments
+from lit_rlhf.data.common import load_trusted
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
 from lit_rlhf.metrics import PairAccuracy
 from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed, reset_metrics, step_stats
@@ -74,10 +74,7 @@ class PairwiseReward(L.LightningModule):
         self.samples: list[dict[str, Any]] = []
         self._tokenizer: Any = None
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "PairwiseReward":
-        """Lightning's; what may be code (`data.common.FROM_USER`) is taken from `arguments`, never from the file."""
-        return super().load_from_checkpoint(checkpoint_path, **trusted_arguments(cls, arguments))
+    load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
 
     @property
     def tokenizer(self) -> Any:

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from lit_rlhf.batch import Batch, Experience
 from lit_rlhf.checkpoints import RunRecord, settle
 from lit_rlhf.collapse import CollapseWatch, sign_stats, signs
-from lit_rlhf.data.common import trusted_arguments
+from lit_rlhf.data.common import load_trusted
 from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
 from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
@@ -137,10 +137,9 @@ class PPO(L.LightningModule):
         self.ppo_epochs, self.minibatches = ppo_epochs, minibatches
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.value_clip, self.value_coef, self.value_lr = clip, value_clip, value_coef, value_lr
-        self.center_values = center_values
         self.reward_baseline, self.ptx_coef, self.tokens_per_forward = reward_baseline, ptx_coef, tokens_per_forward
         self.max_kl_per_iteration, self.reward_timeout = max_kl_per_iteration, reward_timeout
-        self.collapse = CollapseWatch(collapse_patience)
+        self.center_values, self.collapse = center_values, CollapseWatch(collapse_patience)
         floor = (-1.0 if reward_model else None) if no_eos_score == "auto" else no_eos_score
         self.shaping = Shaping(floor, score_clip, whiten_rewards, whiten_advantages, gamma, lam)
         self.moments = RunningMoments() if scale_scores else None
@@ -155,18 +154,14 @@ class PPO(L.LightningModule):
         self.scorer: torch.nn.Module | None = None
         self.rouge = Rouge(tokenizer=rouge_tokenizer)
         self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
-        self.meter, self.run = StepMeter(), RunRecord()
+        self.meter, self.run, self.journal = StepMeter(), RunRecord(), Journal()
         self.samples: list[dict[str, Any]] = []
         self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
-        self.journal = Journal()
         self.experience: Experience | None = None
         self.strict_loading = False  # frozen networks are not in our checkpoints
         self._tokenizer: Any = None
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "PPO":
-        """Lightning's; what may be code (`data.common.FROM_USER`) is taken from `arguments`, never from the file."""
-        return super().load_from_checkpoint(checkpoint_path, **trusted_arguments(cls, arguments))
+    load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
 
     # What the data module asks for
 
@@ -210,7 +205,6 @@ class PPO(L.LightningModule):
             if self.reward_baseline != "mean":
                 network.mean.zero_()
             self.scorer = ModelScorer(shard(network.requires_grad_(False), self._trainer), tokens_per_forward=self.tokens_per_forward)
-
         self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_the_best_survives_a_resume(fit, scripted, tmp_path):
 
 
 def test_a_monitor_that_is_not_logged_names_what_is(fit, scripted, tmp_path):
-    with pytest.raises(ValueError, match=r"'val/rouge' was not logged; logged were: val/score"):
+    with pytest.raises(ValueError, match=r"'val/rouge' was not logged \(logged: val/score\); name one"):
         fit(scripted([1.0]), ExportHF(str(tmp_path / "hf"), monitor="val/rouge"))
 
 
