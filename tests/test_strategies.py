@@ -128,3 +128,19 @@ def test_uneven_work_gives_one_process_texts_and_scores(ranks, dirs):
     for rank in ranks:
         for strategy in STRATEGIES:
             assert rank["uneven texts"][strategy] == alone
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_precision(ranks, strategy):
+    """bfloat16 rounds to 1 in 256; a rollout computes the log-probs that the first minibatch does, in every precision.
+
+    (FSDP1's bf16-mixed is autocast on GPUs alone, so on a CPU it is float32.)
+    """
+    found = {precision: ranks[0]["precision"][f"{strategy} {precision}"] for precision in ("32-true", "bf16-mixed", "bf16-true")}
+    print(f"\n{strategy}: {found}")
+    exact = found["32-true"]["loss"]
+    assert exact == pytest.approx(ranks[0]["precision"]["ddp 32-true"]["loss"], abs=1e-5)
+    for precision in ("bf16-mixed", "bf16-true"):
+        assert abs(found[precision]["loss"] - exact) < exact / 256
+        assert found[precision]["loss"] != exact or (strategy, precision) == ("fsdp1", "bf16-mixed")
+    assert all(numbers["away"] <= 2**-8 for numbers in found.values())

@@ -14,11 +14,15 @@ SCRIPT = Path(__file__).parent / "two_ranks.py"
 STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
-def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
-    """The processes of a run, with the variables that torchrun sets."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
+    """The processes of a run, with the variables that torchrun sets."""
+    port = free_port()
     plain = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
     plain.pop("PL_GLOBAL_SEED", None)
     made = []
