@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lit_rlhf.checkpoint_io import read
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.sharding import name_weights, plain_name, saves_shards
 
@@ -103,7 +104,7 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError(f"the checkpoint has {found}: start from an exported directory instead")
     if saved["module"] != _class_name(module):
         raise ValueError(f"the checkpoint is of {saved['module']}, and this run trains {_class_name(module)}: give one of its own")
-    if module._trainer is None or saves_shards(module.trainer):
+    if module._trainer is None:
         return
     for name, old in saved["sources"].items():
         new = module.run.fingerprints.get(name)
@@ -112,8 +113,8 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
                 f"the files of {name} {getattr(module, name)!r} are not those that the checkpoint was made with (fingerprint {old[:12]}, "
                 f"now {(new or 'none')[:12]}): put them back, or start a new run without ckpt_path"
             )
-    if "state_dict" in checkpoint:  # FSDP2 has put the weights in place by now
-        _check_weights(module, checkpoint["state_dict"])
+    if (weights := _weights(module, checkpoint)) is not None:
+        _check_weights(module, weights)
     module.run.resumed = dict(saved)
 
 
@@ -206,6 +207,17 @@ def _take_back(checkpoint: dict[str, Any], undone: int, datamodule: str) -> None
     for state in (checkpoint.get(datamodule), *loop["state_dict"].get("combined_loader", ())):
         if state and "position" in state:
             state["position"] -= undone
+
+
+def _weights(module: Any, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The checkpoint's weights; a sharded strategy has taken them out and loaded them already, so they are looked up in its file.
+
+    None for directories of shards, which do not load with a weight missing.
+    """
+    path = module.trainer.ckpt_path
+    if "state_dict" in checkpoint or path is None or not Path(path).is_file():
+        return checkpoint.get("state_dict")
+    return read(path, mmap=True)["state_dict"]
 
 
 def _check_weights(module: L.LightningModule, saved: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
+from lit_rlhf.checkpoint_io import read
 from lit_rlhf.sharding import saves_shards
 
 METADATA = "meta.pt"
@@ -75,8 +76,13 @@ def _check_fsdp1(strategy: FSDPStrategy, modules: list[nn.Module]) -> None:
 
 
 def check_directory(path: str | Path | None, strategy: Any) -> None:
-    """Raises ValueError where `path` is a sharded checkpoint (a directory) that is not complete or that this strategy cannot read."""
+    """Raises ValueError where `path` is a sharded checkpoint (a directory) that is not complete or that this strategy cannot read.
+
+    A whole file is read for a sharded strategy here: it would open it by itself, FSDP1 so that code in it ran.
+    """
     if path is None or not Path(path).is_dir():
+        if path is not None and isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and "://" not in str(path):
+            read(path, mmap=True)
         return
     if not is_complete(path):
         raise ValueError(f"the checkpoint {path} was cut off while it was written (it has no {METADATA}); give the one before it")

@@ -1,5 +1,6 @@
 """What is refused of strategies, precisions and sharded checkpoints, and the small parts of sharding that one process can show."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -163,7 +164,16 @@ def test_half_a_directory_is_refused(tmp_path):
     (tmp_path / "__0_0.distcp").touch()
     with pytest.raises(ValueError, match="was cut off while it was written.*give the one before"):
         check_strategy(module_under(on_mesh(2), ckpt_path=tmp_path))
-    check_strategy(module_under(on_mesh(2), ckpt_path=tmp_path / "a.ckpt"))  # a file, or nothing yet
+
+
+@pytest.mark.parametrize("made", [FSDPStrategy(), on_mesh(2)], ids=["fsdp1", "fsdp2"])
+def test_a_file_with_code_in_it_is_not_opened_by_a_sharded_strategy(tmp_path, made):
+    """Lightning's FSDPStrategy reads whole files with a plain unpickler."""
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2", "run": Path}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, tmp_path / "good.ckpt")
+    with pytest.raises(ValueError, match="which could be code: it is not loaded"):
+        check_strategy(module_under(made, ckpt_path=tmp_path / "bad.ckpt"))
+    check_strategy(module_under(made, ckpt_path=tmp_path / "good.ckpt"))
 
 
 @pytest.mark.parametrize(("key", "by"), [("model", "FSDP1"), ("state_dict", "FSDP2")])
