@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_two_ranks import SCRIPT, STRATEGIES, start
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from two_ranks_checkpoints import AT, KINDS, STEPS, evaluate, resume, train
+from two_ranks_checkpoints import AT, KINDS, STEPS, adapted, evaluate, resume, train
 from two_ranks_uneven import same_texts
 
 from lit_rlhf.consolidate import consolidate
@@ -53,6 +54,11 @@ def ranks(dirs, out, one) -> list[dict]:
         for process in processes:
             process.kill()
     return [torch.load(out / f"found.{rank}", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one_adapted(dirs) -> torch.Tensor:
+    return adapted("one", dirs)
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -128,6 +134,16 @@ def test_uneven_work_gives_one_process_texts_and_scores(ranks, dirs):
     for rank in ranks:
         for strategy in STRATEGIES:
             assert rank["uneven texts"][strategy] == alone
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters(ranks, one_adapted, sft_dir, strategy):
+    """LoRA, drawn from the run's seed, trained and merged under every strategy."""
+    assert gap(ranks[0]["adapted"][strategy], one_adapted) < 1e-5
+    start = load_file(f"{sft_dir}/model.safetensors")
+    embeddings, query = start["model.embed_tokens.weight"].flatten(), start["model.layers.0.self_attn.q_proj.weight"].flatten()
+    same, moved = one_adapted.split([embeddings.numel(), len(one_adapted) - embeddings.numel()])
+    assert torch.equal(same, embeddings) and gap(moved[: query.numel()], query) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,5 +1,6 @@
 """What is refused of strategies, precisions and sharded checkpoints, and the small parts of sharding that one process can show."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,3 +253,10 @@ def test_consolidate_refuses_what_is_not_whole(tmp_path, capsys):
         (tmp_path / name).touch()
     with pytest.raises(FileExistsError, match="name another file"):
         consolidate(tmp_path, tmp_path / "out.ckpt")
+
+
+def test_the_page_names_files_and_options_that_exist():
+    page = (cli.config_dir().parent / "tutorials" / "strategies.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:configs|tests)/[\w/]+\.(?:yaml|py)", page))
+    assert len(named) >= 8 and all((cli.config_dir().parent / name).is_file() for name in named)
+    assert {f"configs/strategy/{p.name}" for p in (cli.config_dir() / "strategy").iterdir()} <= named

@@ -65,7 +65,8 @@ def test_losses_metrics_and_weights(runs, strategy, stage):
     one, ranks = runs["one"][stage], [rank[stage] for rank in runs[strategy]]
     assert len(one["steps"]) == 6 and one["steps"][0] != one["steps"][1]
     difference = float((ranks[0]["weights"] - one["weights"]).abs().max())
-    print(f"\n{strategy} {stage}: weights differ by {difference:.1e}")
+    losses = [abs(a[key] - b[key]) for a, b in zip(ranks[0]["steps"], one["steps"], strict=True) for key in b if key.endswith("loss")]
+    print(f"\n{strategy} {stage}: weights differ by {difference:.1e}, losses by {max(losses):.1e}")
     assert difference < 1e-5
     for rank in ranks:
         for a, b in zip(rank["steps"], one["steps"], strict=True):
