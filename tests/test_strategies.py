@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from strategy_zoo import strategy
 from test_two_ranks import SCRIPT, STRATEGIES, start
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from two_ranks_checkpoints import AT, KINDS, STEPS, adapted, evaluate, resume, train
@@ -92,6 +93,17 @@ def test_one_process_goes_on_from_consolidated_shards(ranks, one, out, dirs, nam
     assert gap(resume("one", dirs, whole), one) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1"])
+def test_shards_of_two_ranks_load_on_one_rank(ranks, one, out, dirs, name):
+    """Under the same strategy, without consolidating them."""
+    path = out / f"{name}-sharded" / f"step={AT}.ckpt"
+    try:
+        found = resume("one", dirs, path, strategy=strategy(name, world=1, sharded=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gap(found, one) < 1e-5
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("part", ["policy", "value"])
 def test_an_export_loads_in_plain_transformers(ranks, one, out, place, part):
@@ -132,8 +144,8 @@ def test_uneven_work_gives_one_process_texts_and_scores(ranks, dirs):
     alone = same_texts("one", *dirs)
     assert len(set(alone)) > 20
     for rank in ranks:
-        for strategy in STRATEGIES:
-            assert rank["uneven texts"][strategy] == alone
+        for name in STRATEGIES:
+            assert rank["uneven texts"][name] == alone
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
