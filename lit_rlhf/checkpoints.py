@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lit_rlhf.checkpoint_io import read
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.sharding import name_weights, plain_name, saves_shards
 
@@ -104,7 +105,7 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError(f"the checkpoint has {found}: start from an exported directory instead")
     if saved["module"] != _class_name(module):
         raise ValueError(f"the checkpoint is of {saved['module']}, and this run trains {_class_name(module)}: give one of its own")
-    if module._trainer is None or saves_shards(module.trainer):
+    if module._trainer is None:
         return
     for name, old in saved["sources"].items():
         new = module.run.fingerprints.get(name)
@@ -118,8 +119,8 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
             "the checkpoint holds weights alone (save_weights_only), so no run can go on from it: save whole ones, or start a new run "
             "from an exported directory"
         )
-    if "state_dict" in checkpoint:  # FSDP2 has put the weights in place by now
-        _check_weights(module, checkpoint["state_dict"])
+    if (weights := _weights(module, checkpoint)) is not None:
+        _check_weights(module, weights)
     module.run.resumed = dict(saved)
 
 
@@ -212,6 +213,17 @@ def _take_back(checkpoint: dict[str, Any], undone: int, datamodule: str) -> None
     for state in (checkpoint.get(datamodule), *loop["state_dict"].get("combined_loader", ())):
         if state and "position" in state:
             state["position"] -= undone
+
+
+def _weights(module: Any, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The checkpoint's weights; a sharded strategy has taken them out and loaded them already, so they are looked up in its file.
+
+    None for directories of shards, which do not load with a weight missing.
+    """
+    path = module.trainer.ckpt_path
+    if "state_dict" in checkpoint or path is None or not Path(path).is_file():
+        return checkpoint.get("state_dict")
+    return read(path, mmap=True)["state_dict"]
 
 
 def _check_weights(module: L.LightningModule, saved: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-METADATA = "meta.pt"  # written last by Lightning: a directory without it is not complete
+from lit_rlhf.strategies import METADATA, is_complete
 
 
 def consolidate(directory: str | Path, file: str | Path) -> Path:
@@ -24,7 +24,7 @@ def consolidate(directory: str | Path, file: str | Path) -> Path:
     Raises FileNotFoundError for what is no complete sharded checkpoint, FileExistsError where `file` is there already.
     """
     directory, file = Path(directory), Path(file)
-    if not (directory / METADATA).is_file() or not (directory / ".metadata").is_file():
+    if not is_complete(directory):
         what = "was cut off while it was written" if list(directory.glob("*.distcp")) else "is no sharded checkpoint"
         raise FileNotFoundError(
             f"{directory} {what}: it has no {METADATA}" + ("" if directory.is_dir() else " (there is no such directory)")

@@ -113,8 +113,11 @@ def gathered(root: nn.Module) -> Iterator[bool]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's whole value on the CPU (all ranks must call it); any other tensor as it is."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    """A sharded tensor's whole value on rank 0's CPU (all ranks must call it, the others get an empty one); any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0, device="cpu")  # eight copies of a model do not fit in a host
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:

@@ -1,15 +1,19 @@
 """What the modules refuse of a Trainer's strategy, precision and checkpoints, each in one line and before anything loads or trains."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
+from lit_rlhf.checkpoint_io import read
 from lit_rlhf.sharding import saves_shards
 
+METADATA = "meta.pt"
 NO_DEEPSPEED = (
     "DeepSpeed is not supported: its ZeRO stages 2 and 3 are FSDP in PyTorch; leave `strategy` out and add the overlay "
     "--config configs/strategy/fsdp.yaml (FSDP2), whose checkpoints and exports other strategies load"
@@ -41,6 +45,7 @@ def check_strategy(module: Any) -> None:
         _check_fsdp1(strategy, modules)
         if strategy.mixed_precision is None and "mixed" in trainer.precision:
             strategy.mixed_precision = MixedPrecision()
+    check_directory(trainer.ckpt_path, strategy)
     if saves_shards(trainer):
         for callback in trainer.checkpoint_callbacks:
             check_shard_names(callback)
@@ -68,6 +73,32 @@ def _check_fsdp1(strategy: FSDPStrategy, modules: list[nn.Module]) -> None:
             "a network of this module is wrapped in FSDP already, by an earlier run or by hand, and FSDP1 wraps the whole module at once; "
             "give each Trainer a new module (the next one may load a checkpoint or an exported directory)"
         )
+
+
+def check_directory(path: str | Path | None, strategy: Any) -> None:
+    """Raises ValueError where `path` is a sharded checkpoint (a directory) that is not complete or that this strategy cannot read.
+
+    A whole file is read for a sharded strategy here: it would open it by itself, FSDP1 so that code in it ran.
+    """
+    if path is None or not Path(path).is_dir():
+        if path is not None and isinstance(strategy, ModelParallelStrategy | FSDPStrategy) and "://" not in str(path):
+            read(path, mmap=True)
+        return
+    if not is_complete(path):
+        raise ValueError(f"the checkpoint {path} was cut off while it was written (it has no {METADATA}); give the one before it")
+    kind = "FSDP2" if isinstance(strategy, ModelParallelStrategy) else "FSDP1" if isinstance(strategy, FSDPStrategy) else "whole files"
+    written = FileSystemReader(path).read_metadata().state_dict_metadata
+    by = "FSDP1" if any(key.startswith("model.") for key in written) else "FSDP2"
+    if by != kind:
+        raise ValueError(
+            f"the checkpoint {path} holds shards written by {by}, and this strategy reads {kind}; make it one file first: "
+            f"lit-rlhf consolidate {path} FILE.ckpt, then --ckpt_path FILE.ckpt"
+        )
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether a directory is a complete sharded checkpoint: Lightning writes METADATA last."""
+    return (Path(path) / METADATA).is_file() and (Path(path) / ".metadata").is_file()
 
 
 def check_shard_names(callback: ModelCheckpoint) -> None:

@@ -37,7 +37,7 @@ def test_what_was_found():
     assert len(FILES) == sum(1 for path in CONFIGS.rglob("*") if path.is_file()), "configs/ holds YAML files only, all ending in .yaml"
     stages = {f"{family}/{stage}.yaml" for family in ("quickstart", "tldr", "tldr/gptj", "local") for stage in ("sft", "reward", "ppo")}
     assert stages <= set(RUNS)
-    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp1", "multinode")} <= set(OVERLAYS)
+    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp1", "multinode", "slurm")} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -55,7 +55,7 @@ def test_parses(name):
 def test_overlays_parse_over_a_run(overlay, name):
     config, alone = parse(name, overlay), parse(name)
     for key, value in given(overlay)["trainer"].items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | list):
             assert config.trainer[key] == value
     assert config.model == alone.model and config.data == alone.data
     assert [c.class_path for c in config.trainer.callbacks] == [c.class_path for c in alone.trainer.callbacks]
@@ -80,6 +80,11 @@ def test_only_what_differs_from_the_default(name):
             assert value != default_of(getattr(holder, part["class_path"]), key), (
                 f"{name}: {part['class_path']}.{key}: {value} is the default"
             )
+
+
+def test_slurm_leaves_requeuing_to_the_batch_script():
+    plugin = parse("tldr/ppo.yaml", "strategy/multinode.yaml", "strategy/slurm.yaml").trainer.plugins[0]
+    assert plugin.class_path.endswith(".SLURMEnvironment") and plugin.init_args.auto_requeue is False
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from strategy_zoo import strategy
 from test_two_ranks import SCRIPT, STRATEGIES, start
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from two_ranks_checkpoints import AT, KINDS, STEPS, evaluate, resume, train
+from two_ranks_checkpoints import AT, KINDS, STEPS, adapted, evaluate, resume, train
 from two_ranks_uneven import same_texts
 
 from lit_rlhf.consolidate import consolidate
@@ -55,6 +57,11 @@ def ranks(dirs, out, one) -> list[dict]:
     return [torch.load(out / f"found.{rank}", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.fixture(scope="module")
+def one_adapted(dirs) -> torch.Tensor:
+    return adapted("one", dirs)
+
+
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().abs().max())
 
@@ -84,6 +91,17 @@ def test_one_process_goes_on_from_consolidated_shards(ranks, one, out, dirs, nam
     saved = torch.load(whole, weights_only=True)
     assert not [key for key in saved["state_dict"] if key.startswith(("reference.", "scorer."))]
     assert gap(resume("one", dirs, whole), one) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1"])
+def test_shards_of_two_ranks_load_on_one_rank(ranks, one, out, dirs, name):
+    """Under the same strategy, without consolidating them."""
+    path = out / f"{name}-sharded" / f"step={AT}.ckpt"
+    try:
+        found = resume("one", dirs, path, strategy=strategy(name, world=1, sharded=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gap(found, one) < 1e-5
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -126,5 +144,31 @@ def test_uneven_work_gives_one_process_texts_and_scores(ranks, dirs):
     alone = same_texts("one", *dirs)
     assert len(set(alone)) > 20
     for rank in ranks:
-        for strategy in STRATEGIES:
-            assert rank["uneven texts"][strategy] == alone
+        for name in STRATEGIES:
+            assert rank["uneven texts"][name] == alone
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters(ranks, one_adapted, sft_dir, strategy):
+    """LoRA, drawn from the run's seed, trained and merged under every strategy."""
+    assert gap(ranks[0]["adapted"][strategy], one_adapted) < 1e-5
+    start = load_file(f"{sft_dir}/model.safetensors")
+    embeddings, query = start["model.embed_tokens.weight"].flatten(), start["model.layers.0.self_attn.q_proj.weight"].flatten()
+    same, moved = one_adapted.split([embeddings.numel(), len(one_adapted) - embeddings.numel()])
+    assert torch.equal(same, embeddings) and gap(moved[: query.numel()], query) > 1e-4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_precision(ranks, strategy):
+    """bfloat16 rounds to 1 in 256; a rollout computes the log-probs that the first minibatch does, in every precision.
+
+    (FSDP1's bf16-mixed is autocast on GPUs alone, so on a CPU it is float32.)
+    """
+    found = {precision: ranks[0]["precision"][f"{strategy} {precision}"] for precision in ("32-true", "bf16-mixed", "bf16-true")}
+    print(f"\n{strategy}: {found}")
+    exact = found["32-true"]["loss"]
+    assert exact == pytest.approx(ranks[0]["precision"]["ddp 32-true"]["loss"], abs=1e-5)
+    for precision in ("bf16-mixed", "bf16-true"):
+        assert abs(found[precision]["loss"] - exact) < exact / 256
+        assert found[precision]["loss"] != exact or (strategy, precision) == ("fsdp1", "bf16-mixed")
+    assert all(numbers["away"] <= 2**-8 for numbers in found.values())

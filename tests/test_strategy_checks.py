@@ -1,5 +1,7 @@
 """What is refused of strategies, precisions and sharded checkpoints, and the small parts of sharding that one process can show."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from strategy_zoo import strategy
 from torch import nn
+from torch.distributed.checkpoint import save
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -17,13 +20,14 @@ from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataMod
 from lit_rlhf.consolidate import consolidate, main, merged
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.sharding import any_rank, clip_gradients, gathered, is_sharded, most, name_weights, saves_shards, shard, whole_state
-from lit_rlhf.strategies import check_shard_names, check_strategy, refuse_strategy
+from lit_rlhf.strategies import check_directory, check_shard_names, check_strategy, refuse_strategy
 
 
-def module_under(strategy, precision="32-true", world=2, module=None, callbacks=()):
+def module_under(strategy, precision="32-true", world=2, module=None, callbacks=(), ckpt_path=None):
     """A module as `setup` finds it: with a Trainer that has a strategy."""
     module = module or nn.Module()
-    module.trainer = SimpleNamespace(strategy=strategy, precision=precision, world_size=world, checkpoint_callbacks=list(callbacks))
+    seen = {"checkpoint_callbacks": list(callbacks), "ckpt_path": ckpt_path}
+    module.trainer = SimpleNamespace(strategy=strategy, precision=precision, world_size=world, **seen)
     return module
 
 
@@ -157,6 +161,33 @@ def test_saves_shards(name, sharded, expected):
     assert saves_shards(SimpleNamespace(strategy=strategy(name, sharded=bool(sharded)))) == bool(expected)
 
 
+def test_half_a_directory_is_refused(tmp_path):
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(ValueError, match="was cut off while it was written.*give the one before"):
+        check_strategy(module_under(on_mesh(2), ckpt_path=tmp_path))
+
+
+@pytest.mark.parametrize("made", [FSDPStrategy(), on_mesh(2)], ids=["fsdp1", "fsdp2"])
+def test_a_file_with_code_in_it_is_not_opened_by_a_sharded_strategy(tmp_path, made):
+    """Lightning's FSDPStrategy reads whole files with a plain unpickler."""
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2", "run": Path}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, tmp_path / "good.ckpt")
+    with pytest.raises(ValueError, match="which could be code: it is not loaded"):
+        check_strategy(module_under(made, ckpt_path=tmp_path / "bad.ckpt"))
+    check_strategy(module_under(made, ckpt_path=tmp_path / "good.ckpt"))
+
+
+@pytest.mark.parametrize(("key", "by"), [("model", "FSDP1"), ("state_dict", "FSDP2")])
+def test_shards_of_another_strategy_are_refused_with_the_command_that_helps(tmp_path, key, by):
+    save({key: {"policy.w": torch.ones(2)}}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    (tmp_path / "shards" / "meta.pt").touch()
+    made = {"FSDP1": FSDPStrategy(), "FSDP2": on_mesh(2), "whole files": strategy("ddp")}
+    check_directory(tmp_path / "shards", made.pop(by))
+    for kind, other in made.items():
+        with pytest.raises(ValueError, match=f"written by {by}, and this strategy reads {kind}; .*lit-rlhf consolidate {tmp_path}/shards "):
+            check_directory(tmp_path / "shards", other)
+
+
 # One process needs none of it
 
 
@@ -222,3 +253,10 @@ def test_consolidate_refuses_what_is_not_whole(tmp_path, capsys):
         (tmp_path / name).touch()
     with pytest.raises(FileExistsError, match="name another file"):
         consolidate(tmp_path, tmp_path / "out.ckpt")
+
+
+def test_the_page_names_files_and_options_that_exist():
+    page = (cli.config_dir().parent / "tutorials" / "strategies.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:configs|tests)/[\w/]+\.(?:yaml|py)", page))
+    assert len(named) >= 8 and all((cli.config_dir().parent / name).is_file() for name in named)
+    assert {f"configs/strategy/{p.name}" for p in (cli.config_dir() / "strategy").iterdir()} <= named

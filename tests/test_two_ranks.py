@@ -14,11 +14,15 @@ SCRIPT = Path(__file__).parent / "two_ranks.py"
 STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
-def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
-    """The processes of a run, with the variables that torchrun sets."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
+    """The processes of a run, with the variables that torchrun sets."""
+    port = free_port()
     plain = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
     plain.pop("PL_GLOBAL_SEED", None)
     made = []
@@ -61,7 +65,8 @@ def test_losses_metrics_and_weights(runs, strategy, stage):
     one, ranks = runs["one"][stage], [rank[stage] for rank in runs[strategy]]
     assert len(one["steps"]) == 6 and one["steps"][0] != one["steps"][1]
     difference = float((ranks[0]["weights"] - one["weights"]).abs().max())
-    print(f"\n{strategy} {stage}: weights differ by {difference:.1e}")
+    losses = [abs(a[key] - b[key]) for a, b in zip(ranks[0]["steps"], one["steps"], strict=True) for key in b if key.endswith("loss")]
+    print(f"\n{strategy} {stage}: weights differ by {difference:.1e}, losses by {max(losses):.1e}")
     assert difference < 1e-5
     for rank in ranks:
         for a, b in zip(rank["steps"], one["steps"], strict=True):

@@ -13,9 +13,10 @@ import datasets
 import torch
 import two_ranks_uneven
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
 from two_ranks import ROWS, trainer
 
-from lit_rlhf import PPO, PromptDataModule, Sampling, Schedule
+from lit_rlhf import PPO, SFT, PromptDataModule, Sampling, Schedule, SFTDataModule
 from lit_rlhf.callbacks import ExportHF
 from lit_rlhf.sharding import gathered
 
@@ -66,6 +67,25 @@ def evaluate(name: str, dirs: tuple[str, str], path: Path) -> dict:
     return found | {"rows": sorted((row["prompt"], row["response"]) for row in rows)}
 
 
+def first_steps(name: str, dirs: tuple[str, str], precision: str) -> dict[str, float]:
+    """The first step's loss of SFT and the first minibatch's distance from the rollout in PPO."""
+    fit = trainer(name, max_steps=1, precision=precision)
+    fit.fit(SFT(dirs[0]), datamodule=SFTDataModule(ROWS, batch_size=16))
+    loss = float(fit.callback_metrics["train/loss"])
+    fit = trainer(name, max_steps=1, precision=precision)
+    fit.fit(ppo(*dirs), datamodule=data())
+    return {"loss": loss, "away": float(fit.callback_metrics["ppo/ratio_max_dev"])}
+
+
+def adapted(name: str, dirs: tuple[str, str]) -> torch.Tensor | None:
+    """The policy's weights, adapter merged, after two iterations of PPO with LoRA, whose reference is the policy with its adapter off."""
+    lora, sgd = LoraConfig(r=4, target_modules="all-linear"), lambda params: torch.optim.SGD(params, lr=0.5)
+    more = {"batch_size": 16, "ppo_epochs": 1, "sampling": Sampling(8, 1.0), "optimizer": sgd, "scheduler": Schedule("constant")}
+    fit, module = trainer(name, max_steps=2), PPO(dirs[0], reward_model=dirs[1], peft=lora, **more)
+    fit.fit(module, datamodule=data())
+    return weights(fit, module)
+
+
 def run(dirs: tuple[str, str], out: Path) -> dict:
     found = {}
     for name, sharded in KINDS:
@@ -79,6 +99,12 @@ def run(dirs: tuple[str, str], out: Path) -> dict:
     found["ddp"] = {"from one": resume("ddp", dirs, out / "one.ckpt")}
     found["uneven"] = {name: two_ranks_uneven.run(name, *dirs) for name in ("ddp", "fsdp2", "fsdp1")}
     found["uneven texts"] = {name: two_ranks_uneven.same_texts(name, *dirs) for name in ("ddp", "fsdp2", "fsdp1")}
+    found["adapted"] = {name: adapted(name, dirs) for name in ("ddp", "fsdp2", "fsdp1")}
+    found["precision"] = {
+        f"{name} {precision}": first_steps(name, dirs, precision)
+        for name in ("ddp", "fsdp2", "fsdp1")
+        for precision in ("32-true", "bf16-mixed", "bf16-true")
+    }
     return found
 
 

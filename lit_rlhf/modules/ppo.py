@@ -30,6 +30,7 @@ from lit_rlhf.modules.common import (
     loss_scale,
     optimizers,
     record,
+    reseed,
     reset_metrics,
     step_stats,
 )
@@ -193,6 +194,7 @@ class PPO(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
+        reseed(0)  # adapters are drawn from the run's seed, on every rank the same
         loading = self.loading | self.source
         self.policy = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading, **self.training_setup), self._trainer)
         if self.training_setup["peft"] is None:

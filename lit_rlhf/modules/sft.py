@@ -112,6 +112,7 @@ class SFT(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
+            reseed(0)  # an adapter is drawn from the run's seed, on every rank the same
             network = CausalPolicy.load(self.model, tokenizer=self.tokenizer, dropout=self.dropout, **self.loading)
             self.policy = shard(network, self._trainer)
             self.run.fingerprints = {"model": fingerprint(self.model, self.loading["revision"])}
