@@ -4,13 +4,14 @@ Call these inside of a FakeTensorMode: parameters then have shapes, types and gr
 """
 
 import copy
+import dataclasses
+import importlib
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import instantiate_class
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -123,8 +124,18 @@ def _finish(network: Any, model: Any, args: Any, trained: bool) -> Any:
 
 
 def made(given: Any, *args: Any) -> Any:
-    """An object that YAML describes by class_path and init_args, or the object itself."""
+    """An object that YAML describes by class_path and init_args, or what `given` itself makes of the arguments."""
     description = given.as_dict() if hasattr(given, "as_dict") else given
-    if isinstance(description, dict) and "class_path" in description:
-        return instantiate_class(args, {"class_path": description["class_path"], "init_args": description.get("init_args") or {}})
-    return given(*args) if args else given
+    if not (isinstance(description, dict) and "class_path" in description):
+        return given(*args) if args else given
+    kind, init = import_object(description["class_path"]), dict(description.get("init_args") or {})
+    for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():  # peft.LoraConfig has dataclasses inside
+        if isinstance(init.get(field.name), dict) and dataclasses.is_dataclass(field.default_factory):
+            init[field.name] = field.default_factory(**init[field.name])  # type: ignore[operator]
+    return kind(*args, **init)
+
+
+def import_object(path: str) -> Any:
+    """The object of a dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
