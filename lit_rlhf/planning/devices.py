@@ -10,11 +10,10 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_rlhf.sharding import decoder_blocks, shard
+from lit_rlhf.sharding import shard
 
 
 class Attention(TorchFunctionMode):
@@ -99,21 +98,8 @@ def ranks(world: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def split(network: nn.Module, strategy: str, mesh: Any, precision: str, wrapped: bool) -> None:
-    """Splits a network over the ranks: by `shard` itself under FSDP2, and as FSDP1 does.
-
-    Lightning gives FSDP1 the precision as its own mixed precision (weights are gathered and gradients reduced in bf16), while FSDP2
-    gathers in the weights' type. `wrapped`: FSDP1 has an auto_wrap_policy and gathers block by block, else everything at once.
-    """
-    if strategy == "fsdp":
-        plugin = ModelParallelStrategy(data_parallel_size=mesh.size(), tensor_parallel_size=1)
-        plugin._device_mesh = {"data_parallel": mesh}  # type: ignore[assignment]
-        shard(network, SimpleNamespace(strategy=plugin, world_size=mesh.size()))
-        return
-    low = torch.bfloat16 if precision.startswith("bf16") else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low)
-    for block in decoder_blocks(network) if wrapped else []:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
-    if hasattr(network, "step"):
-        register_fsdp_forward_method(network, "step")
+def split(network: nn.Module, mesh: Any) -> None:
+    """Splits a network over the ranks of the mesh by `shard` itself, as under FSDP2."""
+    strategy = ModelParallelStrategy(data_parallel_size=mesh.size(), tensor_parallel_size=1)
+    strategy._device_mesh = {"data_parallel": mesh}  # type: ignore[assignment]
+    shard(network, SimpleNamespace(strategy=strategy, world_size=mesh.size()))

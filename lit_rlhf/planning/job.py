@@ -11,7 +11,7 @@ from lit_rlhf import cli
 
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16-true"}
 STAGES = {"SFT": "sft", "PairwiseReward": "reward", "PPO": "ppo"}
-STRATEGIES = {"ddp": "ddp", "ModelParallelStrategy": "fsdp", "DDPStrategy": "ddp", "fsdp": "fsdp1", "FSDPStrategy": "fsdp1"}
+STRATEGIES = {"ddp": "ddp", "ModelParallelStrategy": "fsdp", "DDPStrategy": "ddp", "fsdp": "fsdp", "FSDPStrategy": "fsdp"}
 RESPONSE_TOKENS = 53  # where nothing says how long responses are: Sampling's default, the longest that Huang et al. 2024 sample
 
 
@@ -24,7 +24,7 @@ class Job:
     model: Any
     """The module's init_args, as parsed."""
     strategy: str
-    """"single", "ddp", "fsdp" (FSDP2) or "fsdp1"."""
+    """"single", "ddp" or "fsdp" (FSDP2, and FSDP1, which gathers the same blocks)."""
     precision: str
     devices: int
     """Per node."""
@@ -44,8 +44,8 @@ class Job:
     rows: int | None = None
     """Training rows, where known."""
     accelerator: str = "gpu"
-    wrapped: bool = True
-    """Whether FSDP1 has an auto_wrap_policy."""
+    keeps_gradients: bool = False
+    """Whether PPO's rollouts still hold the last step's gradients: only before a validation does Lightning drop them."""
     notes: list[str] = field(default_factory=list)
     """Assumptions, in words."""
 
@@ -117,6 +117,7 @@ def read_job(args: Sequence[str], options: Any) -> Job:
         responses=responses,
         prompt_loss=bool(getattr(data, "prompt_loss", False)),
         rows=options.rows or _rows(data),
+        keeps_gradients=trainer.check_val_every_n_epoch not in (None, 1) or trainer.limit_val_batches == 0,
         accelerator=options.accelerator or ("cpu" if trainer.accelerator == "cpu" else "gpu"),
         notes=notes,
     )
@@ -143,7 +144,7 @@ def _devices(trainer: Any, options: Any) -> tuple[int, int]:
 def _strategy(trainer: Any, world: int) -> str:
     given = trainer.strategy
     name = str(getattr(given, "class_path", given)).rsplit(".", 1)[-1]
-    known = STRATEGIES.get(name) or ("ddp" if name.startswith("ddp") else "fsdp1" if name.startswith("fsdp") else None)
+    known = STRATEGIES.get(name) or ("ddp" if name.startswith("ddp") else "fsdp" if name.startswith("fsdp") else None)
     if known is None and name not in ("auto", "None"):
         raise ValueError(f"plan knows the strategies auto, ddp, fsdp and ModelParallelStrategy, not trainer.strategy {name!r}")
     if world == 1:

@@ -145,7 +145,7 @@ def sizes(job: Job, shells: Shells) -> dict[str, Any]:
 
 def checkpoint(asked: Trial, size: dict[str, Any]) -> int:
     """Bytes of one whole checkpoint: the trained networks' weights and the optimizer's state; frozen networks are left out."""
-    ranks = asked.job.world if asked.job.strategy.startswith("fsdp") else 1
+    ranks = asked.job.world if asked.job.strategy == "fsdp" else 1
     return int(size["weights"] + (asked.memory.optimizer if asked.memory else 0) * ranks)
 
 

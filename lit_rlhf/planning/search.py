@@ -13,7 +13,6 @@ OVERLAYS = {
     "single": "no overlay",
     "ddp": "configs/strategy/ddp.yaml",
     "fsdp": "configs/strategy/fsdp.yaml",
-    "fsdp1": "trainer.strategy: fsdp",
 }
 
 
@@ -104,5 +103,5 @@ def table(job: Job, trials: Trials) -> Iterator[Trial]:
     """Every strategy in every precision, with the job's own devices and accumulate_grad_batches."""
     for precision in dict.fromkeys(PRECISIONS.values()):
         yield trials(replace(job, precision=precision, strategy="single", devices=1, nodes=1))
-        for strategy in ("ddp", "fsdp", "fsdp1") if job.world > 1 else ():
+        for strategy in ("ddp", "fsdp") if job.world > 1 else ():
             yield trials(replace(job, precision=precision, strategy=strategy))

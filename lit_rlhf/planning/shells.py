@@ -4,18 +4,22 @@ Call these inside of a FakeTensorMode: parameters then have shapes, types and gr
 """
 
 import copy
+import dataclasses
+import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import instantiate_class
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_rlhf.directories import load_config
 from lit_rlhf.networks import CausalPolicy, ScalarModel
-from lit_rlhf.pretrained import add_adapter, check_source, disable_dropout, freeze, load_tokenizer, scalar_head
+from lit_rlhf.pretrained import add_adapter, disable_dropout, freeze, load_tokenizer, scalar_head
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # families whose logits are changed after the head
 
@@ -44,16 +48,9 @@ class Source:
 def read_source(path: str, revision: str | None, trust_remote_code: bool) -> Source:
     """The config of a directory (its config.json is enough) or hub name.
 
-    Raises FileNotFoundError where there is none, ValueError for an encoder-decoder.
+    Raises FileNotFoundError or ValueError as `load_config` does.
     """
-    check_source(path)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no config of {path!r}: {first} (a directory with nothing but a config.json is enough to plan)") from error
-    if config.is_encoder_decoder:
-        raise ValueError(f"{path} is an encoder-decoder ({config.model_type}); lit_rlhf works on causal decoders only")
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return Source(config, _tokenizer(path, config, revision, trust_remote_code))
 
 
@@ -116,15 +113,37 @@ def _finish(network: Any, model: Any, args: Any, trained: bool) -> Any:
         return network.requires_grad_(False)
     freeze(model, args.frozen_layers)
     if args.peft is not None:
-        add_adapter(model, made(args.peft))
+        with unmoved():
+            add_adapter(model, made(args.peft))
         if isinstance(network, ScalarModel):
             network.head.requires_grad_(True)
     return network.train()
 
 
+@contextmanager
+def unmoved() -> Iterator[None]:
+    """Leaves `Module.to` out: peft moves new layers to where the old ones are already, which tensors without numbers refuse."""
+    apply = nn.Module._apply
+    nn.Module._apply = lambda self, *_: self  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
+
+
 def made(given: Any, *args: Any) -> Any:
-    """An object that YAML describes by class_path and init_args, or the object itself."""
+    """An object that YAML describes by class_path and init_args, or what `given` itself makes of the arguments."""
     description = given.as_dict() if hasattr(given, "as_dict") else given
-    if isinstance(description, dict) and "class_path" in description:
-        return instantiate_class(args, {"class_path": description["class_path"], "init_args": description.get("init_args") or {}})
-    return given(*args) if args else given
+    if not (isinstance(description, dict) and "class_path" in description):
+        return given(*args) if args else given
+    kind, init = import_object(description["class_path"]), dict(description.get("init_args") or {})
+    for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():  # peft.LoraConfig has dataclasses inside
+        if isinstance(init.get(field.name), dict) and dataclasses.is_dataclass(field.default_factory):
+            init[field.name] = field.default_factory(**init[field.name])  # type: ignore[operator]
+    return kind(*args, **init)
+
+
+def import_object(path: str) -> Any:
+    """The object of a dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

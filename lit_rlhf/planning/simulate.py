@@ -78,7 +78,7 @@ def memory(peaks: dict[str, int], sizes: dict[str, int]) -> Memory:
 
 def trace(job: Job, sources: dict[str, Source]) -> tuple[Tracker, dict[str, int]]:
     """Runs every phase once; the tracker that saw it, and the sizes of what lasts."""
-    sharded = job.strategy in ("fsdp", "fsdp1")
+    sharded = job.strategy == "fsdp"
     with ExitStack() as stack:
         mesh = stack.enter_context(ranks(job.world if sharded else 1))
         stack.enter_context(FakeTensorMode())
@@ -91,7 +91,7 @@ def trace(job: Job, sources: dict[str, Source]) -> tuple[Tracker, dict[str, int]
                 if job.precision == "bf16-true":
                     lower(network)
                 if sharded:
-                    split(network, job.strategy, mesh, job.precision, job.wrapped)
+                    split(network, mesh)
         with tracker:
             return tracker, Run(job, shells, tracker).sizes()
 
@@ -141,29 +141,37 @@ class Run:
         }
 
     def _phases_without_gradient(self) -> None:
-        """PPO's rollout, which still has the last step's gradients, and validation, before which Lightning drops them."""
+        """PPO's rollout, which may still hold the last step's gradients, and validation, before which Lightning drops them."""
         job = self.job
         rows = -(-job.val_batch_size // job.world)
+        if not job.keeps_gradients:
+            self._drop_gradients()
         with torch.no_grad(), forward_context(job.precision):
             if job.stage == "ppo":
                 prompts = min(-(-job.batch_size // job.responses // job.world), max(MAX_ROWS // job.responses, 1))
                 self._sampling(prompts, job.responses, "sampling")
                 self._scoring(prompts, job.responses, "scoring")
-            for p in self.params:
-                p.grad = None
-            if job.stage == "ppo":
-                if rows > prompts:  # else it is less than a rollout in everything
-                    self._sampling(min(rows, MAX_ROWS), 1, "validation")
-                    self._scoring(min(rows, MAX_ROWS), 1, "validation")
-            elif job.stage == "sft":
-                with self.tracker.phase("validation"):
-                    self._policy_loss(rows)
-                self._sampling(rows, 1, "validation")
-            else:
-                with self.tracker.phase("validation"):
-                    self._scalars(self.shells.reward, rows, job.responses)
+                rows = min(rows, MAX_ROWS) if rows > prompts else 0  # fewer are less than a rollout in everything
+            self._drop_gradients()
+            self._validation(rows)
         for p in self.params:
             p.grad = torch.zeros_like(p)
+
+    def _validation(self, rows: int) -> None:
+        """What a validation batch of `rows` prompts does."""
+        with self.tracker.phase("validation") if rows else nullcontext():
+            if rows and self.job.stage == "sft":
+                self._policy_loss(rows)
+            elif rows and self.job.stage == "reward":
+                self._scalars(self.shells.reward, rows, self.job.responses)
+        if rows and self.job.stage != "reward":
+            self._sampling(rows, 1, "validation")
+        if rows and self.job.stage == "ppo":
+            self._scoring(rows, 1, "validation")
+
+    def _drop_gradients(self) -> None:
+        for p in self.params:
+            p.grad = None
 
     def _step(self) -> None:
         """One optimiser step of two micro-batches, or of one: each forward pass still has the gradients of what came before."""

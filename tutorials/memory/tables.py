@@ -1,4 +1,4 @@
-"""Writes the tables of tutorials/memory.md: `lit-rlhf plan --table` for models of known public shapes, of which only a config.json is needed.
+"""Writes the tables of tutorials/memory.md: `lit-rlhf plan --table` for known public shapes, of which only a config.json is needed.
 
     python tutorials/memory/tables.py
 
