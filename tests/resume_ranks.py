@@ -14,7 +14,7 @@ import torch
 from resume_run import STEPS, run
 from strategy_zoo import strategy
 
-CHAINS = [(1, 2), (1, 4), (3, 4), (4, 5), (4, 8), (5, 8), (6, 9), (7, 8), (8, 9), (8, 11), (9, 10), (10, 11)]
+CHAINS = [(1, 2), (3, 4), (4, 5), (4, 8), (7, 8), (9, 10)]
 
 if __name__ == "__main__":
     name, sft_dir, reward_dir, out = sys.argv[1:]

@@ -1,6 +1,7 @@
 """The command line: every mistake is refused in one line before anything loads, and a run's end is told by its exit code."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -207,6 +208,37 @@ def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path):
     save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=saved", "--trainer.callbacks.save_on_exception=true"]
     assert main(tiny("fit", "--model.deed=sigterm", *save)) == 143
     assert list((tmp_path / "saved").iterdir())
+
+
+def test_last_goes_on_from_what_sigterm_left(tmp_path, caplog):
+    """Without a ModelCheckpoint that saves on exceptions the guard does; `last` starts afresh where there is nothing."""
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO):
+        assert main(tiny("fit", "--model.deed=sigterm", "--ckpt_path=last")) == 143
+        assert "no checkpoint in ." in caplog.text and "so the run starts from the beginning" in caplog.text
+        (saved,) = tmp_path.rglob("interrupted.ckpt")
+        assert torch.load(saved, weights_only=True)["global_step"] == 2
+        cli = build(tiny("fit", "--ckpt_path=last"))
+        cli.run()
+    assert cli.trainer.ckpt_path == str(saved) and cli.trainer.global_step == 8
+
+
+def test_last_passes_over_a_damaged_file(tmp_path):
+    assert main(tiny("fit", "--trainer.max_epochs=1")) == 0
+    (good,) = tmp_path.rglob("*.ckpt")
+    bad = good.with_name("newer.ckpt")
+    bad.write_bytes(good.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="newer.ckpt cannot be read: it is damaged .* going on to the next older one"):
+        assert build(tiny("fit")).last_checkpoint() == str(good)
+
+
+def test_checkpoints_are_written_by_our_own_plugin(tmp_path):
+    cli = build(tiny("fit"))
+    assert type(cli.trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
+    assert [type(c).__name__ for c in cli.trainer.callbacks].count("CheckpointGuard") == 1
+    own = build(tiny("fit", "--trainer.plugins=lightning.fabric.plugins.TorchCheckpointIO", "--trainer.enable_checkpointing=false"))
+    assert type(own.trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+    assert not any(type(c).__name__ == "CheckpointGuard" for c in own.trainer.callbacks)
 
 
 def test_an_error_of_ours_is_one_line_and_1(capsys):
