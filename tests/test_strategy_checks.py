@@ -102,11 +102,10 @@ def test_fsdp1_over_a_wrapped_network_is_refused(monkeypatch):
 
 def test_fsdp1_mixes_precision_by_autocast_alone():
     """Lightning's own setting casts weights, buffers (a reward model's mean) and reductions."""
-    plain, mixed, own = FSDPStrategy(), FSDPStrategy(), FSDPStrategy(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
-    check_strategy(module_under(plain, "32-true"))
+    mixed, own = FSDPStrategy(), FSDPStrategy(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
     check_strategy(module_under(mixed, "bf16-mixed"))
     check_strategy(module_under(own, "bf16-mixed"))
-    assert plain.mixed_precision is None and own.mixed_precision.param_dtype == torch.bfloat16
+    assert own.mixed_precision.param_dtype == torch.bfloat16
     used = mixed.mixed_precision_config
     assert (used.param_dtype, used.reduce_dtype, used.buffer_dtype) == (None, None, None)
 
