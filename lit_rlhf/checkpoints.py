@@ -114,7 +114,8 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
                 f"the files of {name} {getattr(module, name)!r} are not those that the checkpoint was made with (fingerprint {old[:12]}, "
                 f"now {(new or 'none')[:12]}): put them back, or start a new run without ckpt_path"
             )
-    if module.trainer.state.fn == TrainerFn.FITTING and not {"optimizer_states", "loops"} <= checkpoint.keys():
+    # (directories of shards keep their optimizer_states elsewhere)
+    if module.trainer.state.fn == TrainerFn.FITTING and not {"lr_schedulers", "loops"} <= checkpoint.keys():
         raise ValueError(
             "the checkpoint holds weights alone (save_weights_only), so no run can go on from it: save whole ones, or start a new run "
             "from an exported directory"

@@ -147,7 +147,7 @@ class ScalarModel(nn.Module):
         self.tokenizer = tokenizer
         self.window = attention_window(model.config)
         self.packed = True
-        self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0)))
+        self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0), dtype=torch.float32))
 
     @classmethod
     def load(
@@ -192,6 +192,13 @@ class ScalarModel(nn.Module):
 
     def packs(self, batch: Batch) -> bool:
         return self.packed and fits_window(batch, self.window)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalarModel":
+        """Moves and casts the network as any module, but its mean stays float32, as scores are: bfloat16 would put 6.03 at 6.03125."""
+        mean = self.mean
+        super()._apply(fn, recurse)
+        self.mean = mean.to(self.mean.device)
+        return self
 
     def set_mean(self, mean: float) -> None:
         """Makes `mean` (raw score units) the zero of the scores, here and in the directory that `save` writes."""

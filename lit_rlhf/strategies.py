@@ -30,7 +30,7 @@ def refuse_strategy(strategy: Any) -> None:
 def check_strategy(module: Any) -> None:
     """Raises ValueError where the module's Trainer would train something else than was meant; for the hook `setup`.
 
-    Gives FSDP1 its meaning of mixed precision: weights, reductions and buffers in float32, autocast for the rest, as under DDP. Lightning's
+    Gives FSDP1 the meaning of precision that all others have: weights, reductions and buffers as they are, autocast for mixed. Lightning's
     own would round a reward model's mean and the rotary frequencies to 16 bits, and a rollout would not see the weights that training sees.
     """
     trainer, strategy = module.trainer, module.trainer.strategy
@@ -43,7 +43,7 @@ def check_strategy(module: Any) -> None:
         _check_fsdp2(trainer, made and not any(isinstance(m, FSDPModule) for m in modules))
     if isinstance(strategy, FSDPStrategy):
         _check_fsdp1(strategy, modules)
-        if strategy.mixed_precision is None and "mixed" in trainer.precision:
+        if strategy.mixed_precision is None:
             strategy.mixed_precision = MixedPrecision()
     check_directory(trainer.ckpt_path, strategy)
     if saves_shards(trainer):

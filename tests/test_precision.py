@@ -32,7 +32,13 @@ def first_step(make_trainer, sft_dir, reward_dir, sft_rows, pair_rows):
     """first_step(stage, precision) -> the first step's metrics and the loss's dtype."""
 
     def step(stage: str, precision: str) -> tuple[dict[str, float], torch.dtype]:
-        ppo = {"batch_size": 16, "ppo_epochs": 1, "whiten_advantages": False, "sampling": Sampling(8, 1.0)}  # whitened, the loss is 0
+        ppo = {
+            "batch_size": 16,
+            "ppo_epochs": 1,
+            "kl_coef": 0.0123,
+            "whiten_advantages": False,
+            "sampling": Sampling(8, 1.0),
+        }  # whitened, the loss is 0
         made = {
             "sft": lambda: (watched(SFT)(sft_dir, **COMMON), SFTDataModule(sft_rows, batch_size=16)),
             "reward": lambda: (watched(PairwiseReward)(reward_dir, **COMMON), PairwiseDataModule(pair_rows, batch_size=16)),
@@ -71,6 +77,7 @@ def test_the_first_loss_of_ppo(first_step, precision):
         found, dtype = first_step("ppo", precision)
     print(f"\nppo {precision}: " + ", ".join(f"{k} {found[k]:.5f} against {exact[k]:.5f}" for k in ("ppo/policy_loss", "ppo/value_loss")))
     assert dtype == torch.float32
+    assert found["rollout/kl_coef"] == exact["rollout/kl_coef"] and found["rollout/episodes"] == 16  # what is no network's is not rounded
     assert found["ppo/ratio_max_dev"] == 0.0 == found["ppo/approx_kl"]  # the rollout's log-probs are the first minibatch's, bit for bit
     spread = exact["rollout/advantage_std"]  # a mean of advantages of both signs rounds as they do
     assert 0 < abs(found["ppo/policy_loss"] - exact["ppo/policy_loss"]) < ROUNDING * spread
@@ -89,6 +96,16 @@ def test_the_softmax_is_float32(sft_dir):
     assert float((found[0] - expected).abs().max()) < 1e-5
     rounded = logits[0].log_softmax(-1)[torch.arange(3), torch.tensor([8, 9, 1])]
     assert float((rounded.double() - expected).abs().max()) > 1e-3  # what a softmax in bfloat16 would have given
+
+
+def test_the_mean_of_scores_is_float32(reward_dir, make_trainer, pair_rows):
+    """The reward directory's 0.5 is exact in bfloat16, the mean that the trained model's references have is not."""
+    module = PairwiseReward(reward_dir, **COMMON)
+    make_trainer(precision="bf16-true", **QUIET).fit(module, PairwiseDataModule(pair_rows, batch_size=16))
+    assert next(module.network.parameters()).dtype == torch.bfloat16 and module.network.mean.dtype == torch.float32
+    module.export_networks()
+    mean = module.network.mean
+    assert float(mean) != float(mean.bfloat16())
 
 
 def test_scores_and_sampling_are_float32(reward_dir, sft_dir):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, SFTDataModule, cli
+from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, SFTDataModule, checkpoints, cli
 from lit_rlhf.consolidate import consolidate, main, merged
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.sharding import any_rank, clip_gradients, gathered, is_sharded, most, name_weights, saves_shards, shard, whole_state
@@ -102,11 +102,10 @@ def test_fsdp1_over_a_wrapped_network_is_refused(monkeypatch):
 
 def test_fsdp1_mixes_precision_by_autocast_alone():
     """Lightning's own setting casts weights, buffers (a reward model's mean) and reductions."""
-    plain, mixed, own = FSDPStrategy(), FSDPStrategy(), FSDPStrategy(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
-    check_strategy(module_under(plain, "32-true"))
+    mixed, own = FSDPStrategy(), FSDPStrategy(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
     check_strategy(module_under(mixed, "bf16-mixed"))
     check_strategy(module_under(own, "bf16-mixed"))
-    assert plain.mixed_precision is None and own.mixed_precision.param_dtype == torch.bfloat16
+    assert own.mixed_precision.param_dtype == torch.bfloat16
     used = mixed.mixed_precision_config
     assert (used.param_dtype, used.reduce_dtype, used.buffer_dtype) == (None, None, None)
 
@@ -224,6 +223,17 @@ def test_optimizer_states_are_called_by_name():
     assert {name: float(s["momentum_buffer"]) for name, s in state["state"].items()} == {"policy.weight": 1.0, "value.weight": 2.0}
     optimizer.load_state_dict(state)
     assert [float(optimizer.state[p]["momentum_buffer"]) for g in optimizer.param_groups for p in g["params"]] == [1.0, 2.0]
+
+
+def test_a_whole_file_without_a_weight_that_trains_is_refused_after_a_sharded_load(tmp_path):
+    """FSDP2 loads what it finds and takes the weights out of the checkpoint before a module sees it."""
+    module, path = module_under(on_mesh(1), world=1, module=nn.Linear(2, 1)), tmp_path / "a.ckpt"
+    module.trainer.ckpt_path = path
+    torch.save({"state_dict": {"weight": torch.ones(1, 2)}, "pytorch-lightning_version": "2"}, path)
+    found = checkpoints._weights(module, {})
+    assert found.keys() == {"weight"} and checkpoints._weights(module, {"state_dict": "given"}) == "given"
+    with pytest.raises(ValueError, match="lacks 1 of the 2 weights that train, bias first"):
+        checkpoints._check_weights(module, found)
 
 
 # From shards to a whole file

@@ -242,26 +242,17 @@ class PPO(L.LightningModule):
         self.step_position = self.position if micro == 0 else self.step_position
         self.journal.replay(self)
         if self.experience is None:
-            with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):
-                self._collect()
+            self._collect()
 
     def _collect(self) -> None:
         """Makes the iteration's experience, logs it, and lets the KL coefficient adapt for the next one."""
         world, rank = self.trainer.world_size, self.global_rank
         prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else self.iteration, self.num_prompts)
         mine = range(rank * self.num_prompts // world, (rank + 1) * self.num_prompts // world)
-        rollout = gather(
-            lambda: collect(
-                self.actors,
-                prompts.select_prompts(mine),
-                self.sampling,
-                num_responses=self.responses_per_prompt,
-                key=(run_seed(), self.iteration),
-                rows=mine,
-                subtract_reference=self.reward_baseline == "reference",
-                tokens_per_forward=self.tokens_per_forward,
-            )
-        )
+        setting = {"num_responses": self.responses_per_prompt, "tokens_per_forward": self.tokens_per_forward, "rows": mine}
+        setting |= {"key": (run_seed(), self.iteration), "subtract_reference": self.reward_baseline == "reference"}
+        with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):  # networks only: bf16-true rounds all else
+            rollout = gather(lambda: collect(self.actors, prompts.select_prompts(mine), self.sampling, **setting))
         found = signs(rollout.texts, rollout.batch.response_ids, rollout.batch.response_mask, rollout.finished)
         self.collapse(found, self.iteration)
         center = self.center_values and self.episodes == 0
