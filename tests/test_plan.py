@@ -426,6 +426,17 @@ def test_the_help_names_plan(capsys):
     assert "lit-rlhf plan" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_tutorial_shows_what_the_tool_says(tmp_path, monkeypatch):
+    folder = Path(__file__).parents[1] / "tutorials"
+    monkeypatch.syspath_prepend(str(folder / "memory"))
+    from tables import planned
+
+    page = (folder / "memory.md").read_text(encoding="utf-8")
+    said = [line.rstrip() for line in planned("135M", tmp_path).splitlines() if line.strip()]
+    shown = [line for line in said if not line.startswith("Give --device_memory")]
+    assert len(shown) > 15 and [line for line in shown if line not in page.splitlines()] == []
+
+
 def test_a_shell_holds_no_numbers(directory):
     from types import SimpleNamespace
 
