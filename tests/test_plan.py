@@ -268,6 +268,7 @@ def test_the_tracker_counts_storages_while_they_live():
 # Shallow runs stand for deep ones
 
 
+@pytest.mark.slow  # a dozen simulated runs
 @pytest.mark.parametrize("strategy", ["auto", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}])
 def test_two_shallow_runs_give_what_the_whole_network_gives(strategy, planned, config, directory, monkeypatch):
     (Path(directory) / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 10}))
@@ -301,6 +302,7 @@ def test_exit_codes_and_what_to_change(planned, config, capsys):
     assert "Give --device_memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # as many
 def test_the_overlay_that_fits_is_found(planned, config):
     file = config("sft", data={"batch_size": 64})
     limit = planned("--config", file, "--devices=8", "--device_memory=1GB")[1]
