@@ -268,6 +268,7 @@ def test_the_tracker_counts_storages_while_they_live():
 # Shallow runs stand for deep ones
 
 
+@pytest.mark.slow  # a dozen simulated runs
 @pytest.mark.parametrize("strategy", ["auto", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}])
 def test_two_shallow_runs_give_what_the_whole_network_gives(strategy, planned, config, directory, monkeypatch):
     (Path(directory) / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 10}))
@@ -301,6 +302,7 @@ def test_exit_codes_and_what_to_change(planned, config, capsys):
     assert "Give --device_memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # as many
 def test_the_overlay_that_fits_is_found(planned, config):
     file = config("sft", data={"batch_size": 64})
     limit = planned("--config", file, "--devices=8", "--device_memory=1GB")[1]
@@ -424,6 +426,17 @@ def test_the_help_names_plan(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "lit-rlhf plan" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_tutorial_shows_what_the_tool_says(tmp_path, monkeypatch):
+    folder = Path(__file__).parents[1] / "tutorials"
+    monkeypatch.syspath_prepend(str(folder / "memory"))
+    from tables import planned
+
+    page = (folder / "memory.md").read_text(encoding="utf-8")
+    said = [line.rstrip() for line in planned("135M", tmp_path).splitlines() if line.strip()]
+    shown = [line for line in said if not line.startswith("Give --device_memory")]
+    assert len(shown) > 15 and [line for line in shown if line not in page.splitlines()] == []
 
 
 def test_a_shell_holds_no_numbers(directory):

@@ -74,7 +74,7 @@ def options(model: str, setting: dict[str, Any], folder: Path) -> list[str]:
     config["trainer"] = {
         "accelerator": "cpu",
         "max_epochs": 100,
-        "max_steps": 3 if stage != "ppo" else 12,
+        "max_steps": 3 if stage != "ppo" else 6,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
