@@ -15,6 +15,7 @@ import torch
 from resume_run import STEPS, Interrupt, run
 
 import lit_rlhf
+from lit_rlhf.checkpoint_io import newest
 
 STAGES = ("sft", "reward", "ppo")
 MOMENTS = ("start", "backward", "end")
@@ -118,20 +119,25 @@ def test_stopped_anywhere_within_any_step(full, dirs, stage):
     assert not wrong
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks(dirs, tmp_path, strategy):
-    """Every step, on both ranks, and six resumes of resumes."""
+def start_two(script: str, *arguments: str) -> list[subprocess.Popen]:
+    """Two gloo ranks of a script in this folder, with the variables that torchrun sets."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
     common |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "PYTHONPATH": Path(lit_rlhf.__file__).parents[1]}
-    command = [sys.executable, str(Path(__file__).parent / "resume_ranks.py"), strategy, *dirs, str(tmp_path / "out")]
     processes = []
     for rank in range(2):
-        names = common | {"RANK": rank, "LOCAL_RANK": rank}
-        environment = os.environ | {key: str(value) for key, value in names.items()}
+        environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        command = [sys.executable, str(Path(__file__).parent / script), *arguments]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks(dirs, tmp_path, strategy):
+    """Every step, on both ranks, and six resumes of resumes."""
+    processes = start_two("resume_ranks.py", strategy, *dirs, str(tmp_path / "out"))
     try:
         for process in processes:
             _, errors = process.communicate(timeout=900)
@@ -143,3 +149,22 @@ def test_two_ranks(dirs, tmp_path, strategy):
         for stage, found in json.loads((tmp_path / f"out.{rank}").read_text()).items():
             note(f"{stage}, {strategy} x 2, rank {rank}", found["of"] - len(found["wrong"]), found["of"])
             assert found["of"] == 11 + 6 and not found["wrong"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies(full, dirs, tmp_path):
+    """The other rank ends by itself with an error; the newest file is whole, and one process goes on from it to a whole run's weights."""
+    processes = start_two("rank_death.py", dirs[0], str(tmp_path))
+    try:
+        _, errors = processes[0].communicate(timeout=120)
+        processes[1].wait(timeout=10)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].returncode == -9 and processes[0].returncode == 1, errors[-2000:]
+    print("\nthe other rank: " + [line for line in errors.splitlines() if "Error" in line][-1][:300])
+    saved = newest([tmp_path])
+    assert saved is not None and torch.load(saved, weights_only=True)["global_step"] == 5
+    again, whole = run("reward", dirs, ckpt=saved, accumulate_grad_batches=2), full("reward", 2)
+    assert again.lines[5, "train/loss"] == pytest.approx(whole.lines[5, "train/loss"], abs=1e-4)
+    assert float((again.weights - whole.weights).abs().mean()) < 1e-3  # Adam divides by tiny moments: rounding grows
