@@ -120,6 +120,9 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
             "the checkpoint holds weights alone (save_weights_only), so no run can go on from it: save whole ones, or start a new run "
             "from an exported directory"
         )
+    old, new = saved["settings"]["trainer.accumulate_grad_batches"], module.trainer.accumulate_grad_batches
+    if module.trainer.state.fn == TrainerFn.FITTING and old != new:
+        _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], old, new)
     if (weights := _weights(module, checkpoint)) is not None:
         _check_weights(module, weights)
     module.run.resumed = dict(saved)
@@ -214,6 +217,14 @@ def _take_back(checkpoint: dict[str, Any], undone: int, datamodule: str) -> None
     for state in (checkpoint.get(datamodule), *loop["state_dict"].get("combined_loader", ())):
         if state and "position" in state:
             state["position"] -= undone
+
+
+def _recount(progress: dict[str, Any], old: int, new: int) -> None:
+    """Lightning's count of micro-batches where an optimiser step had `old` of them and now has `new`; checkpoints hold whole steps."""
+    for part in ("total", "current"):
+        ended = progress[part]["ready"] - progress[part]["completed"]
+        done = progress[part]["ready"] // old * new
+        progress[part] |= {"ready": done, "started": done, "processed": done, "completed": done - ended}
 
 
 def _weights(module: Any, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lit_rlhf.checkpoint_io import AtomicCheckpointIO
 from lit_rlhf.strategies import METADATA, is_complete
 
 
@@ -36,8 +37,7 @@ def consolidate(directory: str | Path, file: str | Path) -> Path:
         dcp_to_torch_save(directory, f"{place}/tensors")
         tensors = torch.load(f"{place}/tensors", mmap=True, weights_only=True)
         rest = torch.load(directory / METADATA, weights_only=True)
-        torch.save(merged(tensors, rest), f"{place}/whole")
-        Path(place, "whole").replace(file)
+        AtomicCheckpointIO().save_checkpoint(merged(tensors, rest), file)
     return file
 
 

@@ -8,7 +8,8 @@ names the prompt.
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,12 +44,24 @@ class FunctionScorer(nn.Module):
         """Scores (N,) float32. Raises ValueError or TypeError naming the prompt for a wrong count, NaN, infinity or a non-number."""
         try:
             taken = accepted_columns(self.fn, columns)
-            scores = within(self.timeout, lambda: self.fn(prompts, responses, **taken))
+            with float32_by_default():
+                scores = within(self.timeout, lambda: self.fn(prompts, responses, **taken))
         except Exception as error:
             raise RuntimeError(
                 f"reward function {self.name} raised {type(error).__name__}: {error} (called with {_where(prompts, 0)})"
             ) from error
         return checked(scores, prompts, f"reward function {self.name}")
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """In `bf16-true` the Trainer makes new tensors 16 bits wide, a reward's own too; here they are not."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def within(seconds: float | None, call: Callable[[], Any]) -> Any:

@@ -159,6 +159,25 @@ def test_what_an_iteration_depends_on_may_not_change_in_its_middle(fit, dirs, tm
     assert fit(ppo(dirs, **settings), prompts(), ckpt_path=tmp_path / "a" / "step=4.ckpt", max_steps=6, name="b").global_step == 6
 
 
+@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_accumulation_may_change_at_any_time(fit, dirs, tmp_path, stage, step):
+    """One or two micro-batches to a step, as with another number of processes: the same steps, the same weights up to rounding (SGD)."""
+    sgd = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05), "scheduler": Schedule("constant")}
+
+    def made():
+        return (ppo(dirs, **sgd), prompts()) if stage == "ppo" else (sft(dirs, **sgd), rows())
+
+    def weights(module):
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    whole, again = made(), made()
+    fit(*whole, max_steps=8, accumulate_grad_batches=2)
+    trainer = fit(*again, ckpt_path=tmp_path / "a" / f"step={step}.ckpt", name="b", max_steps=8)
+    assert trainer.global_step == 8 and (stage == "sft" or again[0].iteration == 1)
+    torch.testing.assert_close(weights(again[0]), weights(whole[0]), atol=1e-5, rtol=1e-4)
+
+
 def test_the_seed_of_a_half_read_epoch_may_not_change(fit, dirs, tmp_path, monkeypatch):
     fit(sft(dirs), rows())
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")

@@ -104,3 +104,13 @@ def test_pipelines(reward_dir, sft_dir, tmp_path, tokenizer):
         PipelineReward(str(tmp_path))(PROMPTS[:2], RESPONSES[:2])
     with pytest.raises(ValueError, match="no label 'great'"):
         PipelineReward(str(tmp_path), label="great")(PROMPTS[:2], RESPONSES[:2])
+
+
+def test_a_reward_function_computes_in_float32_whatever_the_trainer_makes_tensors_of():
+    """1 + 1/256 is not a bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        scorer = FunctionScorer(lambda prompts, responses: torch.full((len(responses),), 1 + 1 / 256))
+        assert scorer(["p"], ["r"], {}).tolist() == [1 + 1 / 256] and torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

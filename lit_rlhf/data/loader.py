@@ -152,9 +152,10 @@ class StepNumbers:
             yield self.position - 1
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the next item; 0 after the last."""
-        return {"position": self.position % self.n}
+        """The number of the next item, 0 after the last, and how many there are."""
+        return {"position": self.position % self.n, "of": self.n}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass there."""
-        self._start = state.get("position", 0) % self.n
+        """Begin the next pass there; where there are now more or fewer items (micro-batches of the same steps), in proportion."""
+        of = state.get("of", self.n)
+        self._start = state.get("position", 0) % of * self.n // of

@@ -58,7 +58,7 @@ def save_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
     state = {name: getattr(ppo, name) for name in COUNTERS}
     if ppo.run.unfinished(ppo.trainer):
         state["position"] = ppo.step_position
-    state["collapse"] = ppo.collapse.state()
+    state |= {"collapse": ppo.collapse.state(), "accumulate_grad_batches": ppo.trainer.accumulate_grad_batches}
     if ppo.experience is not None and state["position"] < ppo.items:
         steps = state["position"] // ppo.trainer.accumulate_grad_batches
         state |= {"experience": ppo.experience.state(), "journal": ppo.journal.entries[: steps + 1], "fixed": fixed(ppo)}
@@ -75,6 +75,8 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
         check_fixed(ppo, state)
     for name in COUNTERS:
         setattr(ppo, name, state[name])
+    if ppo._trainer is not None:
+        ppo.position = ppo.position // state["accumulate_grad_batches"] * ppo.trainer.accumulate_grad_batches
     ppo.collapse.load(state["collapse"])
     ppo.experience = Experience.of_state(state["experience"]) if "experience" in state else None
     ppo.journal.entries, ppo.journal.resumed = list(state.get("journal", [])), True
@@ -85,8 +87,7 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
 def fixed(ppo: Any) -> dict[str, Any]:
     """The settings that may not change within an iteration: they say which responses the remaining updates learn from."""
     names = ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches")
-    more = {"seed": run_seed(), "accumulate_grad_batches": ppo.trainer.accumulate_grad_batches}
-    return {name: getattr(ppo, name) for name in names} | more | {"temperature": ppo.sampling.temperature}
+    return {name: getattr(ppo, name) for name in names} | {"seed": run_seed(), "temperature": ppo.sampling.temperature}
 
 
 def check_fixed(ppo: Any, state: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def check_fixed(ppo: Any, state: dict[str, Any]) -> None:
     now = fixed(ppo)
     changed = [f"{name} was {old} and is {now[name]}" for name, old in state["fixed"].items() if now[name] != old]
     if changed:
-        update = state["position"] // state["fixed"]["accumulate_grad_batches"]
+        update = state["position"] // state["accumulate_grad_batches"]
         raise ValueError(
             f"the checkpoint is from the middle of iteration {state['iteration']} (after update {update} "
             f"of {state['fixed']['ppo_epochs'] * state['fixed']['minibatches']}), and {', '.join(changed)}: "

@@ -138,12 +138,15 @@ def test_step_numbers():
     it = iter(numbers)
     assert [next(it), next(it), next(it)] == [0, 1, 2]
     state = numbers.state_dict()
-    assert state == {"position": 3}
+    assert state == {"position": 3, "of": 4}
     other = StepNumbers(4)
     other.load_state_dict(state)
     assert list(other) == [3]
     assert list(other) == [0, 1, 2, 3]
-    assert other.state_dict() == {"position": 0}
+    assert other.state_dict() == {"position": 0, "of": 4}
+    halved = StepNumbers(8)  # every step has two micro-batches now
+    halved.load_state_dict(state)
+    assert list(halved) == [6, 7]
 
 
 def test_rolling_goes_round_in_permutations():
