@@ -4,11 +4,12 @@ Lightning's own writer is not atomic across file systems, does not fsync and wri
 The command line adds this one; in Python: `Trainer(plugins=[AtomicCheckpointIO()])`.
 """
 
+import io
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
@@ -36,7 +37,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as stream:
-                torch.save(checkpoint, stream)
+                _save(checkpoint, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
@@ -56,6 +57,29 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         self.plain.remove_checkpoint(path)
+
+
+def _save(checkpoint: dict[str, Any], stream: BinaryIO) -> None:
+    """torch.save, whose own RuntimeError does not say what the system said."""
+    said: list[OSError] = []
+
+    class Listening(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            try:
+                return stream.write(data)
+            except OSError as error:
+                said.append(error)
+                raise
+
+    try:
+        torch.save(checkpoint, Listening())
+    except RuntimeError:
+        if said:
+            raise said[0] from None
+        raise
 
 
 def read(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
@@ -132,7 +156,12 @@ def free_space(directory: Path) -> str:
     while not directory.exists():
         directory = directory.parent
     status = os.statvfs(directory)
-    return f"{status.f_bavail * status.f_frsize / 2**30:.2f} GiB free"
+    return f"{amount(status.f_bavail * status.f_frsize)} free"
+
+
+def amount(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def probe(directory: Path, needed: int) -> None:
@@ -152,7 +181,7 @@ def probe(directory: Path, needed: int) -> None:
     status = os.statvfs(directory)
     if status.f_bavail * status.f_frsize < needed:
         raise RuntimeError(
-            f"{directory} has {free_space(directory)}, one checkpoint needs {needed / 2**30:.2f} GiB (and the old one stays until the new "
+            f"{directory} has {free_space(directory)}, one checkpoint needs {amount(needed)} (and the old one stays until the new "
             "one is whole): free some, or name a dirpath on another disk"
         )
 
