@@ -14,7 +14,8 @@ import torch
 from resume_run import STEPS, run
 from strategy_zoo import strategy
 
-CHAINS = [(1, 2), (3, 4), (4, 5), (4, 8), (7, 8), (9, 10)]
+ALL = os.environ.get("LIT_RLHF_RESUME_ALL") == "1"
+CHAINS = [(1, 2), (3, 4), (4, 5), (4, 8), (7, 8), (9, 10)] + [(1, 4), (5, 8), (6, 9), (8, 9), (8, 11), (10, 11)] * ALL
 
 if __name__ == "__main__":
     name, sft_dir, reward_dir, out = sys.argv[1:]
