@@ -69,9 +69,12 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     if seconds is None:
         return call()
     outcome: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread begins with device 0, whatever the rank's is
             with torch.no_grad():
                 outcome.extend((True, call()))
         except BaseException as error:
