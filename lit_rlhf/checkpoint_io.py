@@ -109,27 +109,30 @@ def read(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
     return found
 
 
-def newest(folders: Iterable[str | Path]) -> Path | None:
-    """The newest checkpoint below `folders` that can be read; for each newer one that cannot, a warning says why."""
+def newest(folders: Iterable[str | Path], *, whole: bool = False) -> Path | None:
+    """The newest checkpoint below `folders` that can be read; for each newer one that cannot, a warning says why.
+
+    whole: pass over those of weights alone (`save_weights_only`), which no run can go on from.
+    """
     found = {p.resolve() for folder in folders for p in Path(folder).rglob("*.ckpt")}
     for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
-        problem = unreadable(path)
+        problem = unreadable(path, whole=whole)
         if problem is None:
             return path
         rank_zero_warn(f"{problem}; going on to the next older one")
     return None
 
 
-def unreadable(path: Path) -> str | None:
-    """What keeps a checkpoint (a file, or a directory of shards) from being read; None where nothing does."""
+def unreadable(path: Path, *, whole: bool = False) -> str | None:
+    """What keeps a checkpoint (a file, or a directory of shards) from being read, or from going on (`whole`); None where nothing does."""
     if path.is_dir():
         missing = [name for name in (".metadata", "meta.pt") if not (path / name).is_file()]
         return f"the sharded checkpoint {path} has no {missing[0]}: it was not finished" if missing else None
     try:
-        read(path, mmap=True)
+        found = read(path, mmap=True)
     except ValueError as error:
         return str(error)
-    return None
+    return f"the checkpoint {path} holds weights alone (save_weights_only)" if whole and "lr_schedulers" not in found else None
 
 
 def older(path: Path) -> str:

@@ -11,6 +11,7 @@ and of counters, so the counters are saved and no RNG state. Three more things m
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FORMAT = 1
 KEY = "lit_rlhf"
 WEIGHTS = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 WHOLE = 64 * 2**20  # bytes up to which a file is read from end to end
+LONGEST = 100  # entries of a list that is a setting
 BLOCK, EVERY = 16 * 2**10, 4 * 2**20
 
 
@@ -37,14 +39,16 @@ class RunRecord:
     """What a module knows of its run for the sake of checkpoints; every module has one as `run`.
 
     fingerprints: of the directories it started from. groups: the optimiser's settings before the first step. resumed: what the checkpoint
-    said of them, until training starts. And which of this epoch's micro-batches belong to an optimiser step that is not finished.
+    said of them, until training starts. start: how many micro-batches of its epoch the checkpoint had behind it. And which of this epoch's
+    micro-batches belong to an optimiser step that is not finished.
     """
 
     def __init__(self) -> None:
         self.fingerprints: dict[str, str] = {}
         self.groups: list[dict[str, Any]] = []
         self.resumed: dict[str, Any] | None = None
-        self.epoch, self.step, self.first, self.begun = -1, -1, 0, 0
+        self.epoch, self.step, self.first, self.begun, self.start = -1, -1, 0, 0, 0
+        self.stepping = -1
 
     def begin(self, trainer: L.Trainer, batch_idx: int) -> int:
         """A micro-batch starts: its number within its optimiser step. Call it first in `on_train_batch_start`.
@@ -65,17 +69,32 @@ class RunRecord:
         """Whether the optimiser step whose micro-batch began last has not been made."""
         return (self.epoch, self.step) == (trainer.current_epoch, trainer.global_step)
 
+    def changing(self, trainer: L.Trainer) -> bool:
+        """Whether the optimiser is at work on the weights, which then belong to no step (`stepping`: the last one that it was let into)."""
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        return self.stepping == trainer.global_step and progress.ready > progress.completed
+
     def undone(self, trainer: L.Trainer) -> int:
         """How many micro-batches were handed out since the last whole optimiser step of this epoch."""
         handed = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self.epoch < 0:  # no batch of this fit has begun
+            return handed - self.start if handed >= self.start else handed
+        epochs = trainer.fit_loop.epoch_progress.current
+        if epochs.started == epochs.completed:  # between two epochs, or after the last: the count is still that of the one before
+            return 0
         if self.epoch != trainer.current_epoch:
             return handed
         return max(0, handed - (self.first if self.step == trainer.global_step else self.begun))
 
 
 def save(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Completes `checkpoint` in place; call it in `on_save_checkpoint`."""
+    """Completes `checkpoint` in place; call it in `on_save_checkpoint`. Raises RuntimeError where the optimiser is changing the weights."""
     trainer = module.trainer
+    if module.run.changing(trainer):
+        raise RuntimeError(
+            f"step {trainer.global_step}: {type(sys.exc_info()[1]).__name__} stopped the optimizer while it changed the weights "
+            f"({sys.exc_info()[1]}), so no checkpoint is written now; go on from the one before with --ckpt_path last"
+        )
     undone = module.run.undone(trainer)
     if undone:
         _take_back(checkpoint, undone, type(trainer.datamodule).__qualname__)
@@ -125,15 +144,21 @@ def load(module: Any, checkpoint: Mapping[str, Any]) -> None:
         _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], old, new)
     if (weights := _weights(module, checkpoint)) is not None:
         _check_weights(module, weights)
-    module.run.resumed = dict(saved)
+    if module.trainer.state.fn == TrainerFn.FITTING:
+        module.run.resumed = dict(saved)
 
 
 def settle(module: Any) -> None:
-    """Puts changed optimiser settings over the restored ones and lists every changed setting; call it in `on_train_start`."""
-    saved = module.run.resumed
+    """Forgets what an earlier fit left half done; after a resume puts changed optimiser settings over the restored ones and lists them.
+
+    Call it in `on_train_start`.
+    """
+    saved, module.run.resumed = module.run.resumed, None
+    module.meter.stats = {}  # of a step that an earlier fit of this module left half done
+    module.run.epoch = module.run.step = module.run.stepping = -1
+    module.run.start = module.trainer.fit_loop.epoch_loop.batch_progress.current.ready
     if saved is None:
         return
-    module.run.resumed = None
     changes = changed(saved["settings"], settings(module))
     if saved["seed"] != run_seed():
         changes["seed"] = (saved["seed"], run_seed())
@@ -153,9 +178,9 @@ def fingerprint(source: str, revision: str | None = None) -> str:
     """
     path = Path(source)
     if not path.is_dir():
-        from transformers import AutoConfig
+        from transformers.utils.hub import cached_file, extract_commit_hash  # a config would ask for code that the model may bring along
 
-        return f"{source}@{getattr(AutoConfig.from_pretrained(source, revision=revision), '_commit_hash', None)}"
+        return f"{source}@{extract_commit_hash(cached_file(source, 'config.json', revision=revision), None)}"
     found = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix in WEIGHTS):
         size = file.stat().st_size
@@ -284,4 +309,6 @@ def _public(part: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str) or (isinstance(value, list | tuple) and all(map(_plain, value)))
+    if isinstance(value, list | tuple):
+        return len(value) <= LONGEST and all(map(_plain, value))  # longer ones are data: prompts given as a list
+    return value is None or isinstance(value, bool | int | float | str)

@@ -107,7 +107,7 @@ class CLI(LightningCLI):
         """The newest readable checkpoint in the folders of the ModelCheckpoints, or below default_root_dir where those name none."""
         named = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         folders = [Path(folder or self.trainer.default_root_dir) for folder in named] or [Path(self.trainer.default_root_dir)]
-        found = newest(folder for folder in folders if folder.is_dir())
+        found = newest((folder for folder in folders if folder.is_dir()), whole=self.subcommand == "fit")
         if found is None:
             rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders))} yet, so the run starts from the beginning")
         return str(found) if found else None

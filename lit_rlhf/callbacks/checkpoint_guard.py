@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_rlhf.checkpoint_io import probe
+from lit_rlhf.checkpoints import RunRecord
 
 
 class CheckpointGuard(Callback):
@@ -34,6 +35,10 @@ class CheckpointGuard(Callback):
             return
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if not callbacks or any(getattr(c, "save_on_exception", False) for c in callbacks):
+            return
+        run = getattr(pl_module, "run", None)
+        if trainer.strategy.reduce_boolean_decision(isinstance(run, RunRecord) and run.changing(trainer), all=False):
+            rank_zero_info(f"stopped by {type(exception).__name__} within an update: not saved; --ckpt_path last goes on from before it")
             return
         path = folders(trainer)[0] / "interrupted.ckpt"
         trainer.save_checkpoint(path)

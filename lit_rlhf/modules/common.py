@@ -123,6 +123,7 @@ def step_stats(module: Any, prefix: str, where: str = "") -> dict[str, Tensor]:
             f"the run stops before this step changes any weight ({seen}). The checkpoints are sound: lower the learning rate, clip "
             "gradients (trainer.gradient_clip_val), or look at this step's rows, and go on with --ckpt_path last"
         )
+    module.run.stepping = module.trainer.global_step
     return stats
 
 

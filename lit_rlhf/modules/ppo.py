@@ -35,7 +35,7 @@ from lit_rlhf.modules.common import (
     step_stats,
 )
 from lit_rlhf.modules.ppo_checks import check_run, check_settings, load_value
-from lit_rlhf.modules.ppo_state import Journal, load_state, save_state, source_fingerprints, warn_stopped, where
+from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_state, source_fingerprints, warn_stopped, where
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
@@ -331,6 +331,7 @@ class PPO(L.LightningModule):
             self.journal.write(self.trainer)
 
     def on_train_start(self) -> None:
+        begin_anew(self)
         settle(self)
 
     # Evaluation

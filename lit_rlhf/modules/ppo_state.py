@@ -77,11 +77,20 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
         setattr(ppo, name, state[name])
     if ppo._trainer is not None:
         ppo.position = ppo.position // state["accumulate_grad_batches"] * ppo.trainer.accumulate_grad_batches
+        if state["position"] and "experience" not in state:
+            ppo.position = ppo.items  # the iteration had ended, however many updates one has now
+    ppo.step_position = ppo.position
     ppo.collapse.load(state["collapse"])
     ppo.experience = Experience.of_state(state["experience"]) if "experience" in state else None
     ppo.journal.entries, ppo.journal.resumed = list(state.get("journal", [])), True
     if ppo.moments is not None and "moments" in state:
         ppo.moments.count, ppo.moments.mean, ppo.moments.squares = state["moments"]
+
+
+def begin_anew(ppo: Any) -> None:
+    """A fit that does not go on from a checkpoint starts with a rollout, whatever an earlier fit or loading left half done."""
+    if ppo.run.resumed is None and (ppo.position or ppo.experience is not None):
+        ppo.iteration, ppo.position, ppo.experience, ppo.stopped = ppo.iteration + 1, 0, None, False
 
 
 def fixed(ppo: Any) -> dict[str, Any]:
