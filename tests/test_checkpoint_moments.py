@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from resume_run import ROWS
 from test_checkpoints import dirs, fit, ppo, prompts, rows, sft  # noqa: F401
 
-from lit_rlhf import PPO, PromptDataModule, Schedule
+from lit_rlhf import PPO, PromptDataModule, Schedule, SFTDataModule
 from lit_rlhf.callbacks import CheckpointGuard
 from lit_rlhf.checkpoint_io import newest, read
 from lit_rlhf.checkpoints import fingerprint
@@ -125,6 +126,23 @@ def test_no_checkpoint_holds_half_an_update(make_trainer, dirs, tmp_path, own): 
         trainer.fit(module, rows())
     assert not own or "step 2: KeyboardInterrupt stopped the optimizer while it changed the weights (now)" in str(caught.value)
     assert [p.name for p in tmp_path.glob("*.ckpt")] == ([] if own else ["step=2.ckpt"])
+
+
+def test_ctrl_c_within_a_validation_is_saved(fit, make_trainer, dirs, tmp_path):  # noqa: F811
+    """After step 2 of 8, in the first batch of its validation; the run goes on to the weights of one that did not stop."""
+    data = [SFTDataModule(ROWS, val_data=ROWS[:4], batch_size=4) for _ in range(3)]
+    modules = [sft(dirs, scheduler=Schedule("constant")) for _ in range(3)]
+    fit(modules[0], data[0], max_steps=8, val_check_interval=2)
+
+    def stop(trainer, *args) -> None:
+        raise KeyboardInterrupt
+
+    callbacks = [ModelCheckpoint(tmp_path / "b", every_n_train_steps=8), CheckpointGuard(), Act("on_validation_batch_start", stop)]
+    with pytest.raises(SystemExit):
+        make_trainer(max_steps=8, val_check_interval=2, enable_checkpointing=True, callbacks=callbacks).fit(modules[1], data[1])
+    assert read(tmp_path / "b" / "interrupted.ckpt")["global_step"] == 2
+    fit(modules[2], data[2], ckpt_path=tmp_path / "b" / "interrupted.ckpt", max_steps=8, name="c", val_check_interval=2)
+    assert torch.equal(flat(modules[2]), flat(modules[0]))
 
 
 def test_last_passes_over_weights_alone(make_trainer, dirs, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -31,7 +32,8 @@ class CheckpointGuard(Callback):
             raise RuntimeError(problem)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or trainer.fast_dev_run or not trainer.training:
+        fitting = trainer.training or (trainer.validating and trainer.state.fn == TrainerFn.FITTING)
+        if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or trainer.fast_dev_run or not fitting:
             return
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if not callbacks or any(getattr(c, "save_on_exception", False) for c in callbacks):
