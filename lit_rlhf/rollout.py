@@ -146,25 +146,30 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(join(joined.pop("batch")), texts, **{name: pad_cat(parts) for name, parts in joined.items()})
 
 
-def gather(make: Callable[[], Rollout]) -> Rollout:
-    """Every rank's rollout, made by `make` and joined in the order of ranks, on every rank.
-
-    What one rank raises, all raise: the others would wait for its rollout until a time-out.
-    """
+def agree(make: Callable[[], Rollout]) -> Rollout:
+    """This rank's rollout, made by `make`; what one rank raises, all raise: the others would wait for it until a time-out."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return make()
-    made: Rollout | str
-    cause = None
+    failure, cause = None, None
     try:
         made = make()
     except Exception as error:
-        made, cause = f"on rank {dist.get_rank()}: {type(error).__name__}: {error}", error
-    parts: list[Rollout | str] = [""] * dist.get_world_size()
+        failure, cause = f"on rank {dist.get_rank()}: {type(error).__name__}: {error}", error
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        raise RuntimeError(next(f for f in failures if f)) from cause
+    return made
+
+
+def gather(make: Callable[[], Rollout]) -> Rollout:
+    """Every rank's rollout, made by `make` and joined in the order of ranks, on every rank; errors as in `agree`."""
+    made = agree(make)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return made
+    parts = [made] * dist.get_world_size()
     dist.all_gather_object(parts, made)
-    failures = [part for part in parts if isinstance(part, str)]
-    if failures:
-        raise RuntimeError(failures[0]) from cause
-    return join_rollouts(parts)  # type: ignore[arg-type]
+    return join_rollouts(parts)
 
 
 def shape(

@@ -91,8 +91,8 @@ def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
     return found
 
 
-def failing(strategy_name: str, sft_dir: str) -> str:
-    """What this rank says when the reward function raises on the last rank alone."""
+def failing(strategy_name: str, sft_dir: str, act: str = "fit") -> str:
+    """What this rank says when the reward function raises on the last rank alone, in a rollout (fit) or in a validation (validate)."""
 
     def reward_fn(prompts, responses):
         if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
@@ -100,9 +100,9 @@ def failing(strategy_name: str, sft_dir: str) -> str:
         return [0.0] * len(prompts)
 
     try:
-        trainer(strategy_name).fit(
+        getattr(trainer(strategy_name), act)(
             PPO(sft_dir, reward_fn=reward_fn, batch_size=8, sampling=Sampling(4, 1.0)),
-            datamodule=PromptDataModule(ROWS, max_prompt_tokens=64),
+            datamodule=PromptDataModule(ROWS, val_data=ROWS[:4], max_prompt_tokens=64),
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -115,5 +115,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = cache
         names = ["one"] if ranks == 1 else ["ddp", "fsdp2", "fsdp1"]
-        result = {name: run(name, sft_dir, reward_dir) | {"failing": failing(name, sft_dir)} for name in names}
+        result = {
+            name: run(name, sft_dir, reward_dir) | {"failing": [failing(name, sft_dir), failing(name, sft_dir, "validate")]}
+            for name in names
+        }
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

@@ -1,6 +1,7 @@
 """What the three DataModules share: asking the module for its tokenizer, and making loaders for the Trainer."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,9 @@ def load_trusted(cls: Any, checkpoint_path: Any, **arguments: Any) -> Any:
         defaults |= {name: parameters[name].default for name in FROM_USER if name in parameters}
     owner = next(c for c in cls.__mro__ if getattr(vars(c).get("load_from_checkpoint"), "__func__", None) is load_trusted)
     trusted = {"weights_only": True} | defaults | arguments | {"_instantiator": None}
-    return super(owner, cls).load_from_checkpoint(checkpoint_path, **trusted)
+    with warnings.catch_warnings():  # frozen weights are in the directories, not in our files: thousands of names
+        warnings.filterwarnings("ignore", "Found keys that are in the model state dict but not in the checkpoint")
+        return super(owner, cls).load_from_checkpoint(checkpoint_path, **trusted)
 
 
 def encoder_of(trainer: Any, tokenizer: Any) -> tuple[Encoder, int | None]:

@@ -40,7 +40,7 @@ from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.rollout import Actors, RunningMoments, Shaping, collect, gather, shape
+from lit_rlhf.rollout import Actors, RunningMoments, Shaping, agree, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer
 from lit_rlhf.sharding import clip_gradients, full_params, shard
 
@@ -362,7 +362,7 @@ class PPO(L.LightningModule):
     def _collect_rows(self, batch: Batch, purpose: int) -> list[dict[str, Any]]:
         actors = Actors(self.policy, self.reference, None, self.scorer)
         setting = {"subtract_reference": self.reward_baseline == "reference", "tokens_per_forward": self.tokens_per_forward}
-        made = collect(actors, batch, self.sampling, key=(run_seed(), purpose), **setting)
+        made = agree(lambda: collect(actors, batch, self.sampling, key=(run_seed(), purpose), **setting))
         mask = made.batch.response_mask
         return response_rows(
             batch.columns,
