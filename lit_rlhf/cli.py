@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -102,6 +103,9 @@ class CLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             config["ckpt_path"] = self.last_checkpoint()
         super()._run_subcommand(str(self.subcommand))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # or the rank that holds the store could be gone while another still asks it
+            torch.distributed.destroy_process_group()
 
     def last_checkpoint(self) -> str | None:
         """The newest readable checkpoint in the folders of the ModelCheckpoints, or below default_root_dir where those name none."""

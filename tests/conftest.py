@@ -21,8 +21,9 @@ def text(number: int, words: int) -> str:
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path_factory, monkeypatch):
-    """No seed from another test, and no files in the user's cache."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    """No seed and no rank, address or port that Lightning left behind in another test, and no files in the user's cache."""
+    for name in ("PL_GLOBAL_SEED", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "hf-cache"))
     datasets.disable_progress_bars()
     torch.manual_seed(0)
