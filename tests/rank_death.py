@@ -1,4 +1,4 @@
-"""One rank of a DDP run of a reward model whose second rank kills itself in its sixth step. Usage: rank_death.py SFT_DIR FOLDER"""
+"""One rank of a DDP run of a reward model whose second rank kills itself in its sixth step. Usage: rank_death.py RANKS SFT_DIR FOLDER"""
 
 import os
 import signal
@@ -23,4 +23,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = cache
-        run("reward", (sys.argv[1], ""), stop=Die(), folder=Path(sys.argv[2]), devices=2, strategy=strategy("ddp"))
+        run("reward", (sys.argv[2], ""), stop=Die(), folder=Path(sys.argv[3]), devices=2, strategy=strategy("ddp"))

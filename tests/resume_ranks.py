@@ -1,4 +1,4 @@
-"""One rank of the resumes under DDP or FSDP2; test_resume.py starts two. Usage: resume_ranks.py STRATEGY SFT_DIR REWARD_DIR OUT"""
+"""One rank of the resumes under DDP or FSDP2; test_resume.py starts two. Usage: resume_ranks.py RANKS STRATEGY SFT_DIR REWARD_DIR OUT"""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ ALL = os.environ.get("LIT_RLHF_RESUME_ALL") == "1"
 CHAINS = [(1, 2), (3, 4), (4, 5), (4, 8), (7, 8), (9, 10)] + [(1, 4), (5, 8), (6, 9), (8, 9), (8, 11), (10, 11)] * ALL
 
 if __name__ == "__main__":
-    name, sft_dir, reward_dir, out = sys.argv[1:]
+    name, sft_dir, reward_dir, out = sys.argv[2:]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

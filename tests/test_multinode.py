@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import free_port
 from safetensors.torch import load_file
-from test_two_ranks import free_port
 from two_ranks import ROWS
 
 from lit_rlhf import cli

@@ -4,20 +4,18 @@ import json
 import logging
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import finish, start
 from resume_run import STEPS, Interrupt, run
 
-import lit_rlhf
 from lit_rlhf.checkpoint_io import newest
 
 STAGES = ("sft", "reward", "ppo")
+HERE = Path(__file__).parent
 MOMENTS = ("start", "backward", "end")
 ALL = os.environ.get("LIT_RLHF_RESUME_ALL") == "1"  # the whole table of tutorials/checkpoints.md; otherwise a part of its slow rows
 
@@ -120,32 +118,11 @@ def test_stopped_anywhere_within_any_step(full, dirs, stage):
     assert not wrong
 
 
-def start_two(script: str, *arguments: str) -> list[subprocess.Popen]:
-    """Two gloo ranks of a script in this folder, with the variables that torchrun sets."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
-    common |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "PYTHONPATH": Path(lit_rlhf.__file__).parents[1]}
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    return processes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks(dirs, tmp_path, strategy):
     """Every step, on both ranks, and six (or all twelve) resumes of resumes."""
-    processes = start_two("resume_ranks.py", strategy, *dirs, str(tmp_path / "out"))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=900)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    finish(start(2, [strategy, *dirs, str(tmp_path / "out")], HERE / "resume_ranks.py"), 900)
     for rank in range(2):
         for stage, found in json.loads((tmp_path / f"out.{rank}").read_text()).items():
             note(f"{stage}, {strategy} x 2, rank {rank}", found["of"] - len(found["wrong"]), found["of"])
@@ -155,7 +132,7 @@ def test_two_ranks(dirs, tmp_path, strategy):
 @pytest.mark.slow
 def test_a_rank_that_dies(full, dirs, tmp_path):
     """The other rank ends by itself with an error; the newest file is whole, and one process goes on from it to a whole run's weights."""
-    processes = start_two("rank_death.py", dirs[0], str(tmp_path))
+    processes = start(2, [dirs[0], str(tmp_path)], HERE / "rank_death.py")
     try:
         _, errors = processes[0].communicate(timeout=120)
         processes[1].wait(timeout=10)

@@ -1,12 +1,14 @@
 """Checkpoints, exports, evaluation and uneven work under FSDP2 and FSDP1 on two ranks, against one process."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import finish, start
 from safetensors.torch import load_file
 from strategy_zoo import strategy
-from test_two_ranks import SCRIPT, STRATEGIES, start
+from test_two_ranks import STRATEGIES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from two_ranks_checkpoints import AT, KINDS, STEPS, adapted, evaluate, resume, train
 from two_ranks_uneven import same_texts
@@ -46,14 +48,7 @@ def one(dirs, out) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def ranks(dirs, out, one) -> list[dict]:
     """What rank 0 and rank 1 found."""
-    processes = start(2, [*dirs, str(out)], SCRIPT.parent / "two_ranks_checkpoints.py")
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    finish(start(2, [*dirs, str(out)], Path(__file__).parent / "two_ranks_checkpoints.py"), 300)
     return [torch.load(out / f"found.{rank}", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,59 +1,21 @@
 """Two gloo ranks under DDP, FSDP2 and FSDP1 give one process's texts, losses, metrics and weights, in all three stages."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import finish, start
 
 pytestmark = pytest.mark.slow  # three processes, about 40 s of two idle cores
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(ranks: int, arguments: list[str], script: Path = SCRIPT) -> list[subprocess.Popen]:
-    """The processes of a run, with the variables that torchrun sets."""
-    port = free_port()
-    plain = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
-    plain.pop("PL_GLOBAL_SEED", None)
-    made = []
-    for rank in range(ranks):
-        names = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        extra = {k: str(v) for k, v in (names | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0}).items()} if ranks > 1 else {}
-        made.append(
-            subprocess.Popen([sys.executable, str(script), str(ranks), *arguments], env=plain | extra, stderr=subprocess.PIPE, text=True)
-        )
-    return made
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sft_dir, reward_dir) -> dict[str, list[dict]]:
     """What one process found ("one"), and for each strategy what its two ranks did."""
     path = tmp_path_factory.mktemp("ranks")
-    processes = start(1, [sft_dir, reward_dir, str(path / "one")]) + start(2, [sft_dir, reward_dir, str(path / "two")])
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    finish(start(1, [sft_dir, reward_dir, str(path / "one")], SCRIPT) + start(2, [sft_dir, reward_dir, str(path / "two")], SCRIPT))
     one, *two = [torch.load(path / name, weights_only=True) for name in ("one.0", "two.0", "two.1")]
     return one | {name: [rank[name] for rank in two] for name in STRATEGIES}
 

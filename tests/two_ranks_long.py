@@ -10,7 +10,8 @@ from pathlib import Path
 
 import datasets
 import torch
-from test_two_ranks import STRATEGIES, start
+from ranks import start
+from test_two_ranks import STRATEGIES
 from two_ranks import ROWS, trainer
 
 from lit_rlhf import PPO, PromptDataModule, Sampling, Schedule

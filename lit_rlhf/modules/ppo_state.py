@@ -16,7 +16,7 @@ from lit_rlhf.batch import Experience
 from lit_rlhf.checkpoints import fingerprint, load, save
 from lit_rlhf.data.loader import run_seed
 
-COUNTERS = ("iteration", "position", "episodes", "kl_coef", "stopped")
+COUNTERS = ("iteration", "episodes", "kl_coef", "stopped")
 
 
 class Journal:
@@ -56,12 +56,11 @@ def save_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
     """Adds PPO's state to a checkpoint."""
     save(ppo, checkpoint)
     state = {name: getattr(ppo, name) for name in COUNTERS}
-    if ppo.run.unfinished(ppo.trainer):
-        state["position"] = ppo.step_position
-    state |= {"collapse": ppo.collapse.state(), "accumulate_grad_batches": ppo.trainer.accumulate_grad_batches}
-    if ppo.experience is not None and state["position"] < ppo.items:
-        steps = state["position"] // ppo.trainer.accumulate_grad_batches
-        state |= {"experience": ppo.experience.state(), "journal": ppo.journal.entries[: steps + 1], "fixed": fixed(ppo)}
+    position = ppo.step_position if ppo.run.unfinished(ppo.trainer) else ppo.position
+    updates = position // ppo.trainer.accumulate_grad_batches
+    state |= {"updates": updates, "collapse": ppo.collapse.state()}
+    if ppo.experience is not None and updates < ppo.steps_per_iteration:
+        state |= {"experience": ppo.experience.state(), "journal": ppo.journal.entries[: updates + 1], "fixed": fixed(ppo)}
     if ppo.moments is not None:
         state["moments"] = [ppo.moments.count, ppo.moments.mean, ppo.moments.squares]
     checkpoint["ppo"] = state
@@ -75,11 +74,9 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
         check_fixed(ppo, state)
     for name in COUNTERS:
         setattr(ppo, name, state[name])
-    if ppo._trainer is not None:
-        ppo.position = ppo.position // state["accumulate_grad_batches"] * ppo.trainer.accumulate_grad_batches
-        if state["position"] and "experience" not in state:
-            ppo.position = ppo.items  # the iteration had ended, however many updates one has now
-    ppo.step_position = ppo.position
+    ended = state["updates"] and "experience" not in state  # however many updates an iteration has now
+    accumulate = 1 if ppo._trainer is None else ppo.trainer.accumulate_grad_batches
+    ppo.position = ppo.step_position = (ppo.steps_per_iteration if ended else state["updates"]) * accumulate
     ppo.collapse.load(state["collapse"])
     ppo.experience = Experience.of_state(state["experience"]) if "experience" in state else None
     ppo.journal.entries, ppo.journal.resumed = list(state.get("journal", [])), True
@@ -104,9 +101,8 @@ def check_fixed(ppo: Any, state: dict[str, Any]) -> None:
     now = fixed(ppo)
     changed = [f"{name} was {old} and is {now[name]}" for name, old in state["fixed"].items() if now[name] != old]
     if changed:
-        update = state["position"] // state["accumulate_grad_batches"]
         raise ValueError(
-            f"the checkpoint is from the middle of iteration {state['iteration']} (after update {update} "
+            f"the checkpoint is from the middle of iteration {state['iteration']} (after update {state['updates']} "
             f"of {state['fixed']['ppo_epochs'] * state['fixed']['minibatches']}), and {', '.join(changed)}: "
             "resume with what it was, or from a checkpoint at the end of an iteration"
         )
