@@ -18,6 +18,7 @@ from lit_rlhf.functional import lm_loss, policy_loss, token_logprobs, value_loss
 from lit_rlhf.generation import _prefill, draw
 from lit_rlhf.layout import Layout, attention_rule
 from lit_rlhf.networks import CausalPolicy, ScalarModel, run
+from lit_rlhf.optim import fuse
 from lit_rlhf.planning.depth import SHALLOW, deepen, mark_blocks, with_depth
 from lit_rlhf.planning.devices import Attention, forward_context, loop_as_on, lower, ranks, split
 from lit_rlhf.planning.job import Job
@@ -120,7 +121,7 @@ class Run:
         trained = [n for n in shells.present().values() if any(p.requires_grad for p in n.parameters())]
         groups = [{"params": [p for p in network.parameters() if p.requires_grad]} for network in trained]
         self.params = [p for group in groups for p in group["params"]]
-        self.optimizer = made(job.model.optimizer, groups)
+        self.optimizer = fuse(made(job.model.optimizer, groups))
         loop_as_on(self.optimizer, job.accelerator)
         self.cache = 0
 
