@@ -145,13 +145,15 @@ class Decoder:
         """Copies the prompts' keys and values from the cache of a pass into the rows of the rooms, which are made with the first."""
         rows, columns = len(self.mask), self.mask.shape[2]
         if not rooms:
-            layers = cache.layers
-            rooms += [Room.of(layer, rows, columns, self.columns) if layer.is_initialized else layer for layer in layers]
+            # Rotary embeddings give float32 keys under autocast, which attention would cast anew at every step.
+            dtype = autocast_dtype(index.device.type) if self.trees else None
+            made = (Room.of(layer, rows, columns, self.columns, dtype) if layer.is_initialized else layer for layer in cache.layers)
+            rooms.extend(made)
         at = (index[:, None] * self.repeats + torch.arange(self.repeats, device=index.device)).flatten()
         for room, layer in zip(rooms, cache.layers, strict=True):
             if isinstance(room, Room):
-                room.room_keys[at, :, start : self.columns.length] = layer.keys.repeat_interleave(self.repeats, 0)
-                room.room_values[at, :, start : self.columns.length] = layer.values.repeat_interleave(self.repeats, 0)
+                for to, made in ((room.room_keys, layer.keys), (room.room_values, layer.values)):
+                    to[at, :, start : self.columns.length] = made.to(to.dtype).repeat_interleave(self.repeats, 0)
                 layer.keys = layer.values = None
 
 
@@ -172,17 +174,17 @@ class Room(DynamicLayer):
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
 
     @classmethod
-    def of(cls, layer: DynamicLayer, rows: int, size: int, columns: Columns) -> "Room":
+    def of(cls, layer: DynamicLayer, rows: int, size: int, columns: Columns, dtype: torch.dtype | None) -> "Room":
         """Empty room for `rows` rows of `size` tokens like those of the layer; zeros, since what is masked is still multiplied."""
-        keys, values = (x.new_zeros(rows, x.shape[1], size, x.shape[3]) for x in (layer.keys, layer.values))
+        keys, values = (x.new_zeros(rows, x.shape[1], size, x.shape[3], dtype=dtype) for x in (layer.keys, layer.values))
         return cls(keys, values, columns)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new, start = key_states.shape[2], self.columns.length
         if self.columns.cursor is not None:
             index = self.columns.cursor + torch.arange(new, device=self.device)
-            self.room_keys.index_copy_(2, index, key_states)
-            self.room_values.index_copy_(2, index, value_states)
+            self.room_keys.index_copy_(2, index, key_states.to(self.dtype))
+            self.room_values.index_copy_(2, index, value_states.to(self.room_values.dtype))
             return self.room_keys, self.room_values
         self.room_keys[:, :, start : start + new] = key_states
         self.room_values[:, :, start : start + new] = value_states
@@ -253,18 +255,24 @@ def grouped_attention(lm: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on this kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 @contextmanager
 def weights_cast_once(network: nn.Module) -> Iterator[None]:
     """Under autocast, keeps each weight's low-precision copy within it: Lightning's precision plugins cast them at every forward pass."""
     device = next(network.parameters()).device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(device)
+    if dtype is None:
         yield
         return
     frozen = [] if is_sharded(network) else [p for p in network.parameters() if not p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(True)  # autocast keeps copies of leaves with gradients only
-        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=True):
+        with torch.autocast(device, dtype=dtype, cache_enabled=True):
             yield
     finally:
         torch.clear_autocast_cache()
