@@ -7,7 +7,7 @@ place sees the prompt and its own tokens.
     place b:      0 0   1 1 1    0  1  0    0  1  0            1 = may attend
 
 So a step reads a prompt's keys once for all of its responses. It is the rule of layout.py, one token at a time, for the families that
-passed its check; others, and those that fail `takes_trees`, get a row for each response, W = 1, and the model's own masks.
+passed its check; others, and those that fail `can_share_rows`, get a row for each response, W = 1, and the model's own masks.
 
 Keys and values lie in room that is taken once (`Room`): growing by concatenation would copy the whole cache at every token.
 """
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lit_rlhf.attention import TREES
 from lit_rlhf.batch import Batch
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.sharding import is_sharded, most
@@ -39,8 +40,8 @@ class Decoder:
     Args:
         prompts: M prompts; num_responses: how many places each gets. new_tokens: how many `step`s there may be.
         lengths: (M) tokens of each prompt, on the host.
-        trees: a row holds a prompt and all of its responses; else a row holds one response.
-        static: every step attends over all of the room and moves on by tensors alone, so that it can be captured; needs `trees`.
+        shared: a row holds a prompt and all of its responses; else a row holds one response.
+        static: every step attends over all of the room and moves on by tensors alone, so that it can be captured; needs `shared`.
 
     Afterwards `logits` (M * num_responses, V) are those of the first token, and `places` (B, W) says which response a place is of; the
     number of responses stands for none.
@@ -54,16 +55,16 @@ class Decoder:
         num_responses: int,
         new_tokens: int,
         *,
-        trees: bool,
+        shared: bool,
         static: bool = False,
     ) -> None:
-        self.policy, self.trees = policy, trees
+        self.policy, self.shared = policy, shared
         num_prompts, longest = len(lengths), max(lengths)
         ids, mask = (x[:, -longest:] for x in left_padded(prompts))
         self.columns = Columns(longest, torch.tensor([longest], device=ids.device) if static else None)
         self.total = num_prompts * num_responses
-        self.places = torch.arange(self.total, device=ids.device).view(-1, num_responses if trees else 1)
-        self.repeats, self.steps = 1 if trees else num_responses, new_tokens
+        self.places = torch.arange(self.total, device=ids.device).view(-1, num_responses if shared else 1)
+        self.repeats, self.steps = 1 if shared else num_responses, new_tokens
         self.mask = self._mask(mask.repeat_interleave(self.repeats, 0)[:, None].expand(-1, self.width, -1))
         position = torch.tensor(lengths, device=ids.device).repeat_interleave(num_responses)
         self.position = position.view(self.places.shape)
@@ -83,8 +84,8 @@ class Decoder:
             seen = torch.arange(self.mask.shape[2], device=ids.device) < self.columns.cursor + self.width
             mask = (self.mask & seen)[:, None]
         else:
-            mask = self.mask[:, None, :, :end] if self.trees else self.mask[:, 0, :end]
-        with grouped_attention(self.policy.lm) if self.trees else nullcontext():
+            mask = self.mask[:, None, :, :end] if self.shared else self.mask[:, 0, :end]
+        with grouped_attention(self.policy.lm) if self.shared else nullcontext():
             logits = self.policy.step(ids, mask, self.position, self.cache, last=self.width)
         self.position += 1
         if self.columns.cursor is not None:
@@ -110,9 +111,9 @@ class Decoder:
                 layer.batch_select_indices(rows)
 
     def _mask(self, seen: Tensor) -> Tensor:
-        """Who sees what (B, W, columns): `seen` (B, W, so far), then each place its own tokens; columns are a multiple of 16."""
+        """Who sees what (B, W, columns): `seen` (B, W, so far), then each place its own tokens; static ones in sixteens."""
         own = torch.eye(self.width, dtype=torch.bool, device=seen.device).repeat(1, self.steps)
-        spare = seen.new_zeros(self.width, -(seen.shape[2] + own.shape[1]) % 16)
+        spare = seen.new_zeros(self.width, 0 if self.columns.cursor is None else -(seen.shape[2] + own.shape[1]) % 16)
         return torch.cat([seen, torch.cat([own, spare], 1).expand(len(seen), -1, -1)], 2)
 
     def _prefill(self, ids: Tensor, mask: Tensor, lengths: Sequence[int]) -> tuple[Cache, Tensor]:
@@ -146,13 +147,13 @@ class Decoder:
         rows, columns = len(self.mask), self.mask.shape[2]
         if not rooms:
             # Rotary embeddings give float32 keys under autocast, which attention would cast anew at every step.
-            dtype = autocast_dtype(index.device.type) if self.trees else None
+            dtype = autocast_dtype(index.device.type) if self.shared else None
             made = (Room.of(layer, rows, columns, self.columns, dtype) if layer.is_initialized else layer for layer in cache.layers)
             rooms.extend(made)
         at = (index[:, None] * self.repeats + torch.arange(self.repeats, device=index.device)).flatten()
         for room, layer in zip(rooms, cache.layers, strict=True):
             if isinstance(room, Room):
-                for to, made in ((room.room_keys, layer.keys), (room.room_values, layer.values)):
+                for to, made in ((room.keys, layer.keys), (room.values, layer.values)):
                     to[at, :, start : self.columns.length] = made.to(to.dtype).repeat_interleave(self.repeats, 0)
                 layer.keys = layer.values = None
 
@@ -170,7 +171,7 @@ class Room(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, columns: Columns) -> None:
         super().__init__()
-        self.room_keys, self.room_values, self.columns = keys, values, columns
+        self.keys, self.values, self.columns = keys, values, columns
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
 
     @classmethod
@@ -183,12 +184,12 @@ class Room(DynamicLayer):
         new, start = key_states.shape[2], self.columns.length
         if self.columns.cursor is not None:
             index = self.columns.cursor + torch.arange(new, device=self.device)
-            self.room_keys.index_copy_(2, index, key_states.to(self.dtype))
-            self.room_values.index_copy_(2, index, value_states.to(self.room_values.dtype))
-            return self.room_keys, self.room_values
-        self.room_keys[:, :, start : start + new] = key_states
-        self.room_values[:, :, start : start + new] = value_states
-        return self.room_keys[:, :, : start + new], self.room_values[:, :, : start + new]
+            self.keys.index_copy_(2, index, key_states.to(self.dtype))
+            self.values.index_copy_(2, index, value_states.to(self.values.dtype))
+            return self.keys, self.values
+        self.keys[:, :, start : start + new] = key_states
+        self.values[:, :, start : start + new] = value_states
+        return self.keys[:, :, : start + new], self.values[:, :, : start + new]
 
     def get_seq_length(self) -> int:
         return self.columns.length
@@ -196,7 +197,7 @@ class Room(DynamicLayer):
     def move(self, rows: Tensor, size: int) -> None:
         """Keeps these rows, in room for `size` tokens."""
         used = self.columns.length
-        for name in ("room_keys", "room_values"):
+        for name in ("keys", "values"):
             old = getattr(self, name)
             new = old[:, :, :size]
             if len(rows) < len(old):
@@ -245,9 +246,9 @@ AttentionInterface.register(GROUPED, _grouped_attention)
 
 @contextmanager
 def grouped_attention(lm: nn.Module) -> Iterator[None]:
-    """Within it a model with PyTorch's attention takes the one above."""
+    """Within it a model with PyTorch's attention, or ours over trees, takes the one above."""
     config, before = lm.config, lm.config._attn_implementation
-    if before == "sdpa":
+    if before in ("sdpa", TREES):
         config._attn_implementation = GROUPED
     try:
         yield
@@ -280,18 +281,18 @@ def weights_cast_once(network: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-# Which policies take trees, and capturing a step
+# Which policies let responses share a row, and capturing a step
 
 
 @torch.no_grad()
-def takes_trees(policy: CausalPolicy) -> bool:
+def can_share_rows(policy: CausalPolicy) -> bool:
     """Whether several responses can share a row of the cache: tried once, on random tokens, against a row for each response."""
-    if policy.trees is None:
-        policy.trees = policy.packed and policy.window is None and _trees_agree(policy)
-    return policy.trees
+    if policy.shares_rows is None:
+        policy.shares_rows = policy.form != "plain" and policy.window is None and _sharing_agrees(policy)
+    return policy.shares_rows
 
 
-def _trees_agree(policy: CausalPolicy) -> bool:
+def _sharing_agrees(policy: CausalPolicy) -> bool:
     layers = DynamicCache(config=policy.lm.config).layers
     if not all(type(layer) is DynamicLayer for layer in layers):
         return False
@@ -305,8 +306,8 @@ def _trees_agree(policy: CausalPolicy) -> bool:
     found = []
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            for trees in (False, True):
-                decoder = Decoder(policy, prompts, lengths, 2, len(tokens), trees=trees)
+            for shared in (False, True):
+                decoder = Decoder(policy, prompts, lengths, 2, len(tokens), shared=shared)
                 found.append(torch.stack([(decoder.step(row), decoder.moved())[0] for row in tokens]).float())
         difference = float((found[1] - found[0]).abs().max() / found[0].abs().max())
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lit_rlhf.batch import Batch
-from lit_rlhf.decoding import Decoder, replayed, takes_trees, weights_cast_once
+from lit_rlhf.decoding import Decoder, can_share_rows, replayed, weights_cast_once
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.sharding import any_rank, is_sharded
 
@@ -83,7 +83,7 @@ def sample(
         key: what else the noise depends on, e.g. (seed, iteration).
         rows: the prompts' global row numbers, default those of the batch; response k of row r draws noise number r * num_responses + k.
         decoder: "static" decodes in room of a fixed size, on CUDA by replaying one captured step; "dynamic" attends to what is there.
-            "auto" is static on CUDA where the policy is not sharded and can (`takes_trees`). The tokens are the same.
+            "auto" is static on CUDA where the policy is not sharded and can (`can_share_rows`). The tokens are the same.
 
     Raises ValueError where prompt + max_new_tokens exceed the policy's context, or for a static decoder that the policy cannot take.
     """
@@ -97,7 +97,7 @@ def sample(
 
 
 def _is_static(policy: CausalPolicy, decoder: str) -> bool:
-    can = takes_trees(policy) and not is_sharded(policy)
+    can = can_share_rows(policy) and not is_sharded(policy)
     if decoder == "static" and not can:
         raise ValueError(f"a {policy.lm.config.model_type} policy, sharded or of this family, cannot decode statically; use decoder='auto'")
     return can and (decoder == "static" or (decoder == "auto" and next(policy.parameters()).is_cuda))
@@ -119,7 +119,7 @@ class Draft:
         self.policy, self.prompts, self.sampling, self.num_responses, self.static = policy, prompts, sampling, num_responses, static
         device, total, width = prompts.prompt_ids.device, len(numbers), sampling.max_new_tokens
         lengths = prompts.prompt_mask.sum(1).tolist()
-        self.decoder = Decoder(policy, prompts, lengths, num_responses, width - 1, trees=takes_trees(policy), static=static)
+        self.decoder = Decoder(policy, prompts, lengths, num_responses, width - 1, shared=can_share_rows(policy), static=static)
         self.ids = torch.zeros(total + 1, width, dtype=torch.long, device=device)  # the last row is that of places without a response
         self.logprobs, self.entropy = torch.zeros(2, total + 1, width, device=device)
         self.lengths = torch.full((total,), width, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.batch import Batch, Experience, join, pad_cat
 from lit_rlhf.data.text import tidy_response
-from lit_rlhf.decoding import like_lengths
+from lit_rlhf.decoding import can_share_rows, like_lengths
 from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
@@ -95,7 +95,7 @@ def collect(
     """
     rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
-    groups, parts = _groups(prompts, num_responses, sampling.max_new_tokens, CACHED_FORWARDS * tokens_per_forward), []
+    groups, parts = _groups(actors.policy, prompts, num_responses, sampling, CACHED_FORWARDS * tokens_per_forward), []
     for turn in range(most(actors.policy, len(groups))):
         index = groups[turn] if turn < len(groups) else groups[0][:1]  # keeps step with the ranks that have more groups
         part = prompts.select_prompts(index).to(device)
@@ -135,11 +135,11 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
     return scores - scorer(prompts, texts, columns)
 
 
-def _groups(prompts: Batch, num_responses: int, new_tokens: int, budget: int) -> list[list[int]]:
+def _groups(policy: CausalPolicy, prompts: Batch, num_responses: int, sampling: Sampling, budget: int) -> list[list[int]]:
     """The prompts in groups of like length whose sampling holds at most `budget` tokens; one group, in order, wherever that suffices."""
-    held = [(n + new_tokens) * num_responses for n in prompts.prompt_mask.sum(1).tolist()]
-    everything = list(range(prompts.num_prompts))
-    return [everything] if max(held) * len(held) <= budget else like_lengths(held, budget)
+    copies = 1 if can_share_rows(policy) else num_responses
+    held = [copies * n + num_responses * sampling.max_new_tokens for n in prompts.prompt_mask.sum(1).tolist()]
+    return [list(range(len(held)))] if max(held) * len(held) <= budget else like_lengths(held, budget)
 
 
 def in_order(rollout: Rollout, prompts: Sequence[int]) -> Rollout:
