@@ -48,6 +48,8 @@ class CausalPolicy(nn.Module):
         self.window = attention_window(lm.config)
         self.own_logits = False
         self.form: Form = "rows"
+        self.shares_rows: bool | None = None
+        """Whether a prompt's responses can share a row of the cache (`decoding.can_share_rows`); None: not tried yet."""
         rows = lm.get_output_embeddings().weight.shape[0]
         banned = torch.ones(rows, dtype=torch.bool)
         banned[torch.tensor(sorted(set(tokenizer.get_vocab().values())))] = False
@@ -96,13 +98,19 @@ class CausalPolicy(nn.Module):
         found = token_logprobs(flat[layout.prompt_index[:, :-1][mask[:, 1:]]], batch.prompt_ids[mask], head, **setting)
         return logprobs, found.new_zeros(mask.shape).masked_scatter(mask, found)
 
-    def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """One decoding step: logits (B, V) float32 after the last of ids (B, T), given the cache and the mask (B, past + T) so far."""
-        rows = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+    def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, last: int = 1) -> Tensor:
+        """One decoding step: logits (B * last, V) after each of the last of ids (B, T), in the head's precision, given the cache.
+
+        The mask is (B, past + T), or (B, 1, T, past + T) bool, True = may attend.
+        """
+        mask = mask if mask.dim() == 4 else mask.long()
+        rows = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
         if self.own_logits:
-            return self.lm(**accepted(self.lm, rows)).logits[:, -1].float()
-        hidden = self.lm.base_model(**accepted(self.lm.base_model, rows)).last_hidden_state[:, -1]
-        return self.lm.get_output_embeddings()(hidden).float()
+            logits = self.lm(**accepted(self.lm, rows | {"logits_to_keep": last})).logits[:, -last:]
+        else:
+            hidden = self.lm.base_model(**accepted(self.lm.base_model, rows)).last_hidden_state[:, -last:]
+            logits = self.lm.get_output_embeddings()(hidden)
+        return logits.flatten(0, 1)
 
     def form_for(self, batch: Batch) -> Form:
         """The rows that this batch takes: plain where a path is longer than the family's attention window."""

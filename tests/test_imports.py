@@ -11,7 +11,7 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional", "attention"},
     {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"},
-    {"generation", "scoring", "data"},
+    {"decoding", "generation", "scoring", "data"},
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},

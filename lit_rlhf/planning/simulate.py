@@ -14,8 +14,9 @@ from torch._subclasses import FakeTensorMode
 
 from lit_rlhf.attention import Trees
 from lit_rlhf.batch import Batch
+from lit_rlhf.decoding import Decoder, Room, weights_cast_once
 from lit_rlhf.functional import lm_loss, policy_loss, token_logprobs, value_loss
-from lit_rlhf.generation import _prefill, draw
+from lit_rlhf.generation import draw
 from lit_rlhf.layout import Layout, attention_rule
 from lit_rlhf.networks import CausalPolicy, ScalarModel, run
 from lit_rlhf.optim import fuse
@@ -24,7 +25,7 @@ from lit_rlhf.planning.devices import Attention, forward_context, loop_as_on, lo
 from lit_rlhf.planning.job import Job
 from lit_rlhf.planning.shells import Shells, Source, build, made
 from lit_rlhf.planning.tracker import Tracker
-from lit_rlhf.rollout import MAX_ROWS
+from lit_rlhf.rollout import CACHED_FORWARDS
 
 
 @dataclass
@@ -150,10 +151,10 @@ class Run:
             self._drop_gradients()
         with torch.no_grad(), forward_context(job.precision):
             if job.stage == "ppo":
-                prompts = min(-(-job.batch_size // job.responses // job.world), max(MAX_ROWS // job.responses, 1))
+                prompts = min(-(-job.batch_size // job.responses // job.world), self._group(job.responses))
                 self._sampling(prompts, job.responses, "sampling")
                 self._scoring(prompts, job.responses, "scoring")
-                rows = min(rows, MAX_ROWS) if rows > prompts else 0  # fewer are less than a rollout in everything
+                rows = min(rows, self._group(1)) if rows > prompts else 0  # fewer are less than a rollout in everything
             self._drop_gradients()
             self._validation(rows)
         for p in self.params:
@@ -262,25 +263,35 @@ class Run:
             for network in filter(None, (shells.value, shells.reward)):
                 self._scalars(network, part, responses)
 
+    def _shares_rows(self) -> bool:
+        return self.shells.policy.form == "trees" and self.shells.policy.window is None
+
+    def _group(self, responses: int) -> int:
+        """How many prompts are sampled together."""
+        job = self.job
+        held = (1 if self._shares_rows() else responses) * job.prompt_tokens + responses * job.model.sampling.max_new_tokens
+        return max(CACHED_FORWARDS * job.model.tokens_per_forward // held, 1)
+
     def _sampling(self, prompts: int, responses: int, phase: str) -> None:
-        """The prompts at once, then the last two tokens with a full cache."""
+        """The prompts, then the last two tokens with a full cache."""
         policy, job = self.shells.policy, self.job
         new = job.model.sampling.max_new_tokens
-        with self.tracker.phase(phase):
+        with self.tracker.phase(phase), weights_cast_once(policy):
             batch = Batch(
                 *(torch.zeros(prompts, job.prompt_tokens, dtype=dt) for dt in (torch.long, torch.bool)), *[torch.zeros(0, 0).long()] * 3
             )
             numbers = torch.zeros(prompts * responses, dtype=torch.int32)
-            logits, mask, position, cache = _prefill(policy, batch, responses)
-            self._draw(policy, logits, numbers)
-            for layer in cache.layers:
-                layer.keys, layer.values = (_longer(x, job.prompt_tokens, max(new - 3, 0)) for x in (layer.keys, layer.values))
-            mask = torch.cat([mask, mask.new_ones(len(mask), max(new - 3, 0))], 1)
+            decoder = Decoder(policy, batch, [job.prompt_tokens] * prompts, responses, new - 1, shared=self._shares_rows())
+            self._draw(policy, decoder.logits, numbers)
+            del decoder.logits
+            decoder.columns.length += decoder.width * max(new - 3, 0)
+            for layer in decoder.cache.layers:
+                if not isinstance(layer, Room):
+                    layer.keys, layer.values = (_longer(x, job.prompt_tokens, max(new - 3, 0)) for x in (layer.keys, layer.values))
             for _ in range(min(new - 1, 2)):
-                mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-                logits = policy.step(torch.zeros_like(position)[:, None], mask, position[:, None], cache)
-                self._draw(policy, logits, numbers)
-            self.cache = max(self.cache, storage_bytes(x for layer in cache.layers for x in (layer.keys, layer.values)))
+                self._draw(policy, decoder.step(torch.zeros_like(numbers).long()), numbers)
+                decoder.moved()
+            self.cache = max(self.cache, storage_bytes(x for layer in decoder.cache.layers for x in (layer.keys, layer.values)))
 
     def _draw(self, policy: CausalPolicy, logits: Tensor, numbers: Tensor) -> None:
         draw(logits, policy.banned, self.job.model.sampling.temperature, (0, 0), numbers)
