@@ -47,7 +47,7 @@ def planned(capsys):
     """planned(*args) -> (exit code, what it says as JSON)."""
 
     def run(*args: str) -> tuple[int, dict]:
-        code = main(["plan", *args, *QUICK, "--json"])
+        code = main(["plan", *QUICK, *args, "--json"])
         return code, json.loads(capsys.readouterr().out or "{}")
 
     return run
@@ -135,16 +135,18 @@ def test_adapters(planned, config):
     }
 
 
-def test_activation_checkpointing_takes_memory_from_training_alone_and_adds_a_pass(planned, config, capsys):
-    plain, recomputed = (planned("--config", config("sft", model={"activation_checkpointing": on}))[1] for on in (False, True))
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_activation_checkpointing_takes_memory_from_training_alone_and_adds_a_pass(accelerator, planned, config, capsys):
+    options = ("--config", config("sft"), f"--accelerator={accelerator}")
+    plain, recomputed = (planned(*options, f"--model.activation_checkpointing={on}")[1] for on in ("false", "true"))
     before, after = plain["asked"]["peaks"], recomputed["asked"]["peaks"]
     assert after["training"] < before["training"]
     assert {k: v for k, v in after.items() if k != "training"} == {k: v for k, v in before.items() if k != "training"}
     # 8 rows of 10 tokens at 2560 + 320 operations, four passes where there were three (test_hours_by_hand); the head is none of the blocks
     more = recomputed["hours"]["seconds_per_step"]["training"] - plain["hours"]["seconds_per_step"]["training"]
     assert more == pytest.approx(80 * (2560 + 320) / 1e9)
-    file = config("sft", model={"activation_checkpointing": True})
-    assert main(["plan", "--config", file, *QUICK]) == 0 and "blocks keep their inputs alone" in capsys.readouterr().out
+    assert main(["plan", *QUICK, *options, "--model.activation_checkpointing=true"]) == 0
+    assert "blocks keep their inputs alone" in capsys.readouterr().out
 
 
 def test_ddp_holds_the_gradients_twice_and_fsdp_an_eighth_of_all(planned, config):
