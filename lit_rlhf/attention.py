@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -86,7 +86,7 @@ def attend(
     setting = {"dropout_p": dropout, "scale": scaling}
     with torch.autocast(query.device.type, enabled=False):
         found = [
-            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **setting).transpose(1, 2)
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **setting).transpose(1, 2)
             for q, k, v, mask in zip(*parts, trees.masks, strict=True)
         ]
     return torch.cat(found, dim=1).to(dtype), None
