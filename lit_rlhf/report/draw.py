@@ -175,7 +175,7 @@ def _legend(names: Sequence[str], kinds: Sequence[str]) -> tuple[list[Mark], flo
             marks.append(Mark("path", style, ((x, y - 4), (x + 14, y - 4))))
         marks.append(Mark("text", "tick", ((x + 18, y),), name))
         x += wide
-    return marks, y + 8 - TITLE
+    return marks, y + 13 - TITLE
 
 
 def _draw_bars(bars: Bars) -> Drawing:

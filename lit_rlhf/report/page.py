@@ -145,11 +145,12 @@ def page(report: Report) -> str:
 
 def as_data(report: Report) -> dict[str, Any]:
     """The report as plain JSON data: `data`'s keys, then title, lead and sections; what is not finite is null."""
-    sections = [{"title": s.title, "blocks": [{"kind": type(b).__name__.lower(), **plain(b)} for b in s.blocks]} for s in report.sections]
-    for section in sections:
-        for block in section["blocks"]:
-            block.pop("html", None)
+    sections = [{"title": s.title, "blocks": [_block_data(block) for block in s.blocks]} for s in report.sections]
     return {**plain(report.data), "title": report.title, "lead": report.lead, "sections": sections}
+
+
+def _block_data(block: Block) -> dict[str, Any]:
+    return {"kind": type(block).__name__.lower(), **{name: value for name, value in plain(block).items() if name != "html"}}
 
 
 def plain(value: Any) -> Any:
