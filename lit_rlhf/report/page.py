@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_rlhf.functional.statistics import Estimate
 from lit_rlhf.report.figures import Bars, Plot
 from lit_rlhf.report.style import STYLE
 from lit_rlhf.report.svg import svg
@@ -22,14 +23,6 @@ SAMPLES_WARNING = (
     "Nobody checked these texts."
 )
 LONG = 40  # characters of a cell that is broken into lines
-
-
-class Estimate(NamedTuple):
-    """A number with its interval, for a table's cell."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ def cell(value: Any, digits: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, Estimate):
-        return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+        return f"{value.mean:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
