@@ -14,3 +14,9 @@ def visible(text: str) -> str:
 def html(text: str) -> str:
     """The text for HTML: stripped, visible, escaped."""
     return escape(visible(text.strip()))
+
+
+def as_markdown(text: str) -> str:
+    """The text for Markdown, stripped and visible: punctuation as character references, so that it shows as it is; line ends as <br>."""
+    kept = "".join(c if c.isalnum() or not c.isascii() or c in " \n.,;:'?" else f"&#{ord(c)};" for c in visible(text.strip()))
+    return kept.replace("\n", "<br>")
