@@ -22,6 +22,7 @@ _HOME = {
     "CheckpointGuard": "callbacks",
     "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
+    "RewardReport": "callbacks",
     "JSONLWriter": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",

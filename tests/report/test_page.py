@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -103,12 +104,10 @@ def test_visible_keeps_what_people_write():
 
 
 def test_the_report_is_made_in_no_time(tmp_path):
-    import time
-
     report = everything()
     for i in range(50):
         report.add(f"more {i}", *FIGURES)
-    begin = time.perf_counter()
+    begin = time.process_time()
     report.write(tmp_path)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
     assert len(re.findall("<svg", (tmp_path / "report.html").read_text(encoding="utf-8"))) == 51 * len(FIGURES)
