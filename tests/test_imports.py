@@ -28,7 +28,7 @@ LAYERS = (
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning"},  # drive the command line
+    {"quickstart.run", "planning", "learning_curve"},  # drive the command line
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

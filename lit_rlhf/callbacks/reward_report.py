@@ -21,11 +21,14 @@ class RewardReport(Callback):
 
     The command line adds it to `validate` and `test` of a PairwiseReward. The module's `validation_step` and `test_step` return
     {"scores": (N,)}; the pairs of all ranks are gathered. Figures and tables go to TensorBoard too, under report/.
+
+    write: False leaves the files; what was measured is then in `pairs`, on rank 0.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
+    def __init__(self, dirpath: str | None = None, write: bool = True) -> None:
+        self.dirpath, self.write = dirpath, write
         self.parts: list[ScoredPairs] = []
+        self.pairs: ScoredPairs | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.parts = []
@@ -47,18 +50,21 @@ class RewardReport(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "validation")
+        self._finish(trainer, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "test")
+        self._finish(trainer, "test")
 
-    def _write(self, trainer: Trainer, split: str) -> None:
+    def _finish(self, trainer: Trainer, split: str) -> None:
         gathered = [self.parts]
         if dist.is_available() and dist.is_initialized():
             gathered = [[] for _ in range(trainer.world_size)]
             dist.all_gather_object(gathered, self.parts)
         parts, self.parts = [part for rank in gathered for part in rank], []
         if not parts or not trainer.is_global_zero:
+            return
+        self.pairs = join(parts)
+        if not self.write:
             return
         model = getattr(trainer.lightning_module, "model", "")
         report = reward_report(

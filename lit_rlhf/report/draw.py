@@ -11,9 +11,9 @@ WIDTH = 380
 PLOT_HEIGHT = 156  # of the area between the axes
 TITLE, LEGEND_ROW, BAR_ROW = 24, 15, 18  # heights
 RIGHT = 14
-LETTER = 0.56  # an average letter's width in parts of its size
+LETTER = 0.6  # an average letter's width in parts of its size
 TICK_SIZE = 10
-NAME_LETTERS = 22  # of a bar's name; a longer one is cut
+NAME_LETTERS = 24  # of a bar's name; a longer one loses its middle
 COLOURS = 6  # in the palette; more series begin it again
 
 Point = tuple[float, float]
@@ -185,7 +185,8 @@ def _draw_bars(bars: Bars) -> Drawing:
     values = [bars.values[i] for i in rows] + [v for part in (bars.low, bars.high) for v in part or () if math.isfinite(v)]
     values += [*bars.levels.values(), *(bars.range or (0.0,))]
     x_ticks = ticks(min(values), max(values), 4)
-    names = [name if len(name) <= NAME_LETTERS else name[: NAME_LETTERS - 1] + "…" for name in bars.names]
+    half = NAME_LETTERS // 2
+    names = [name if len(name) <= NAME_LETTERS else f"{name[: half - 1]}…{name[-half:]}" for name in bars.names]
     left = 8 + max(_width(names[i]) for i in rows)
     right = WIDTH - RIGHT - max((_width(text) + 4 for text in bars.texts or ()), default=0.0)
     top = TITLE + (16 if bars.levels else 6)

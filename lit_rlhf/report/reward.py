@@ -1,5 +1,6 @@
 """What a reward model is worth on held-out pairs: accuracy by group, calibration, length bias, agreement of people, disagreements."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +185,7 @@ def _by_column(pairs: ScoredPairs) -> list[Bars | Table | Text]:
     figures: list[Bars | Table | Text] = []
     rows = []
     for column, values in group_columns(pairs.columns).items():
-        known = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))
+        known = sorted({v for v in values if v is not None}, key=_by_number)
         if not 2 <= len(known) <= MAX_GROUPS:
             continue
         number = {value: i for i, value in enumerate(known)}
@@ -198,7 +199,13 @@ def _by_column(pairs: ScoredPairs) -> list[Bars | Table | Text]:
     if not rows:
         return [Text("No column of the data has between 2 and 50 short values, so there is nothing to group by.", soft=True)]
     note = "Of many groups one in twenty lies outside its 95% interval by chance."
-    return [*figures, Table("", ["column", "value", "pairs", "accuracy"], rows, note=note)]
+    return [*figures, Table("Accuracy by group", ["column", "value", "pairs", "accuracy"], rows, note=note, folded=True)]
+
+
+def _by_number(value: Any) -> tuple[Any, ...]:
+    """Sorts w2 before w10, and numbers before texts."""
+    parts = re.split(r"(\d+)", value) if isinstance(value, str) else []
+    return (1, [(int(p), "") if p.isdecimal() else (0, p) for p in parts]) if parts else (0, value)
 
 
 def _calibration(pairs: ScoredPairs) -> list[Plot | Table]:
@@ -238,7 +245,7 @@ def _calibration(pairs: ScoredPairs) -> list[Plot | Table]:
         diagram,
         spread,
         histogram("Scores", "score", scores, note="Over all prompts: a shift between the two is what the model learned."),
-        Table("", ["mean confidence", "share right", "pairs"], rows),
+        Table("Reliability", ["mean confidence", "share right", "pairs"], rows, folded=True),
     ]
 
 

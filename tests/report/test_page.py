@@ -68,6 +68,12 @@ def test_status_words_are_coloured():
     assert 'class="words pass">pass<' in html and 'class="words fail">fail<' in html and 'class="words warn">warn<' in html
 
 
+def test_a_long_table_can_be_folded():
+    report = Report("t")
+    report.add("s", Table("Long", ["a"], [[1], [2]], folded=True))
+    assert "<details><summary>Long, 2 rows</summary><div" in page(report) and "<h3>" not in page(report)
+
+
 def test_a_row_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
         Table("t", ["a", "b"], [[1, 2], [1]])
