@@ -9,7 +9,7 @@ import lit_rlhf
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
-    {"functional"},
+    {"functional", "attention"},
     {
         "batch",
         "layout",

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lit_rlhf.attention import TREES, attend
 from lit_rlhf.sharding import shard
 
 
@@ -20,12 +23,21 @@ class Attention(TorchFunctionMode):
     """Takes the kernel that PyTorch would choose on the accelerator; without it, tensors without numbers get the slow one.
 
     CPU: flash attention; GPU: the memory-efficient one where there is a mask (which it wants in the queries' type, padded to eights, and
-    which autograd keeps for every block), else flash attention.
+    which autograd keeps for every block), else flash attention. FlexAttention over trees, as on a GPU, keeps what flash attention keeps.
     """
 
     def __init__(self, accelerator: str) -> None:
         super().__init__()
         self.accelerator = accelerator
+
+    def __enter__(self) -> "Attention":
+        if self.accelerator == "gpu":
+            AttentionInterface.register(TREES, _whole_row)
+        return super().__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        AttentionInterface.register(TREES, attend)
+        super().__exit__(*failure)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,6 +62,11 @@ class Attention(TorchFunctionMode):
         mask = mask.expand(*query.shape[:3], key.shape[2])
         learns = torch.is_grad_enabled() and query.requires_grad
         return aten._scaled_dot_product_efficient_attention(query, key, value, mask, learns, 0.0, causal, scale=scale)[0]
+
+
+def _whole_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
+    """One causal call over a row of trees; any other mask is left as it is."""
+    return sdpa_attention_forward(module, query, key, value, None if hasattr(mask, "trees") else mask, **rest)
 
 
 def forward_context(precision: str) -> Any:

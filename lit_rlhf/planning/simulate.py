@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from lit_rlhf.attention import Trees
 from lit_rlhf.batch import Batch
 from lit_rlhf.functional import lm_loss, policy_loss, token_logprobs, value_loss
 from lit_rlhf.generation import _prefill, draw
@@ -212,14 +213,14 @@ class Run:
     # One forward pass, as CausalPolicy.forward and ScalarModel.forward
 
     def layout(self, network: CausalPolicy | ScalarModel, prompts: int, responses: int) -> Layout:
-        """Rows of equal trees: one prompt with its responses each, or one prompt + response where an attention window forbids packing."""
+        """Equal trees in the network's form, or one prompt + response a row where an attention window forbids packing."""
         prompt, response = self.job.prompt_tokens, self.job.response_tokens
-        packed = network.window is None or prompt + response <= network.window
-        shape = (prompts, prompt + responses * response) if packed else (prompts * responses, prompt + response)
-        ids = torch.zeros(shape, dtype=torch.long)
-        mask = attention_rule(ids, torch.zeros_like(ids)) if packed else torch.ones_like(ids)
+        form = network.form if network.window is None or prompt + response <= network.window else "plain"
+        tree = prompt + responses * response
+        shapes = {"trees": (1, prompts * tree), "rows": (prompts, tree), "plain": (prompts * responses, prompt + response)}
+        ids = torch.zeros(shapes[form], dtype=torch.long)
         state = torch.zeros(prompts * responses, response + 1, dtype=torch.long)
-        return Layout(ids, torch.zeros_like(ids), mask, state, torch.zeros(prompts, prompt, dtype=torch.long))
+        return Layout(ids, torch.zeros_like(ids), _mask(ids, form, prompts, responses), state, torch.zeros(prompts, prompt).long())
 
     def _logprobs(self, network: CausalPolicy, prompts: int, responses: int, adapter: bool = True) -> Tensor:
         """Log-probabilities (N, R) of all response tokens; with SFT's `prompt_loss` those of the prompts' after them, all in one row."""
@@ -282,6 +283,15 @@ class Run:
 
     def _draw(self, policy: CausalPolicy, logits: Tensor, numbers: Tensor) -> None:
         draw(logits, policy.banned, self.job.model.sampling.temperature, (0, 0), numbers)
+
+
+def _mask(ids: Tensor, form: str, prompts: int, responses: int) -> Tensor:
+    """The attention mask of such rows."""
+    if form != "trees":
+        return attention_rule(ids, torch.zeros_like(ids)) if form == "rows" else torch.ones_like(ids)
+    row = ids[:, : ids.shape[1] // prompts]
+    masks = [attention_rule(row, row)[0, 0] if responses > 1 else None for _ in range(prompts)]
+    return Trees(ids[0], ids[0], [row.shape[1]] * prompts, masks).marker()
 
 
 def _longer(x: Tensor, now: int, more: int) -> Tensor:
