@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lit_rlhf import cli
 
-APART = {"quickstart": "lit_rlhf.quickstart.run", "plan": "lit_rlhf.planning.run", "consolidate": "lit_rlhf.consolidate"}
+APART = {"quickstart": "lit_rlhf.quickstart.run", "plan": "lit_rlhf.planning.run", "consolidate": "lit_rlhf.consolidate", "doctor": "lit_rlhf.doctor.run"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
