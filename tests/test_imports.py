@@ -10,7 +10,20 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional"},
-    {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"},
+    {
+        "batch",
+        "layout",
+        "networks",
+        "directories",
+        "pretrained",
+        "metrics",
+        "optim",
+        "sharding",
+        "strategies",
+        "checkpoint_io",
+        "collapse",
+        "report",
+    },
     {"generation", "scoring", "data"},
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
