@@ -24,11 +24,11 @@ LAYERS = (
         "collapse",
         "report",
     },
-    {"generation", "scoring", "data"},
+    {"generation", "scoring", "scorers", "data"},
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning"},  # drive the command line
+    {"quickstart.run", "planning", "doctor"},  # drive the command line
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

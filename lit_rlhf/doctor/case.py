@@ -4,7 +4,7 @@ import copy
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -167,26 +167,31 @@ class Case:
         found = self.pick(("references", "pairs"))
         rows = self.draw(found)
         best = [row["pairs"][0][0] if row["pairs"] else 0 for row in rows]
-        return [row["prompt"] for row in rows], self._texts([r["responses"][i] for r, i in zip(rows, best, strict=True)]), found.name
+        return [row["prompt"] for row in rows], self.texts([r["responses"][i] for r, i in zip(rows, best, strict=True)]), found.name
+
+    @property
+    def prompts(self) -> list[str]:
+        """What samples are drawn for: the references' prompts, or prompts alone where there are no references."""
+        try:
+            return self.references[0]
+        except NotMeasurable:
+            return [row["prompt"] for row in self.draw(self.pick(("prompts",)))]
 
     @cached_property
     def pairs(self) -> Pairs:
         """Comparisons without ties."""
         found = self.pick(("pairs",))
-        out = Pairs([], [], [], torch.empty(0, dtype=torch.long), found.name)
-        owner = []
+        pairs = []
         for number, row in enumerate(self.draw(found)):
-            texts, target = self._texts(row["responses"]), row["target"] or [1.0] * len(row["pairs"])
-            for (i, j), t in zip(row["pairs"], target, strict=True):
-                if t != 0.5 and texts[i] != texts[j]:
-                    i, j = (i, j) if t > 0.5 else (j, i)
-                    out.prompts.append(row["prompt"]), out.chosen.append(texts[i]), out.rejected.append(texts[j])
-                    owner.append(number)
-        if not owner:
+            texts, target = self.texts(row["responses"]), row["target"] or [1.0] * len(row["pairs"])
+            better = [(i, j) if t > 0.5 else (j, i) for (i, j), t in zip(row["pairs"], target, strict=True) if t != 0.5]
+            pairs += [(row["prompt"], texts[i], texts[j], number) for i, j in better if texts[i] != texts[j]]
+        if not pairs:
             raise NotMeasurable(f"{found.name} has no pair that is not a tie")
-        return replace(out, rows=torch.tensor(owner))
+        prompts, chosen, rejected, rows = map(list, zip(*pairs, strict=True))
+        return Pairs(prompts, chosen, rejected, torch.tensor(rows), found.name)
 
-    def _texts(self, ids: list[list[int]]) -> list[str]:
+    def texts(self, ids: list[list[int]]) -> list[str]:
         return self.policy_net.tokenizer.batch_decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
     # What the models make of it
@@ -196,11 +201,11 @@ class Case:
         """How the samples are drawn."""
         if self.max_new_tokens is not None:
             return Sampling(self.max_new_tokens, self.temperature)
-        longest = int(np.percentile(self.pick(("references", "pairs")).table.longest, 99))
+        longest = int(np.percentile(self.pick(("references", "pairs", "prompts")).table.longest, 99))
         context = self.policy_net.context_length
-        room = None if context is None else context - max(len(self.encoder.prompt(ids)) for ids in self.encoder.ids(self.references[0]))
+        room = None if context is None else context - max(self.encoder.sizes(self.prompts))
         wanted = max(longest, SHORTEST_LIMIT)
-        return Sampling(wanted if room is None else max(1, min(wanted, room)), self.temperature)
+        return Sampling(min(wanted, room or wanted), self.temperature)
 
     @cached_property
     def rollout(self) -> Rollout:
@@ -213,7 +218,7 @@ class Case:
         return self._collect(self.trained)
 
     def _collect(self, policy: CausalPolicy) -> Rollout:
-        prompts = self.references[0]
+        prompts = self.prompts
         batch = Batch.of([self.encoder.prompt(ids) for ids in self.encoder.ids(prompts)], columns={"prompt": prompts})
         return collect(Actors(policy, self.reference, None, _NoReward()), batch, self.sampling, key=(self.seed, NOISE))
 

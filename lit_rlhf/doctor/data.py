@@ -26,7 +26,8 @@ def truncation(case: Case) -> Finding:
     dropped = {rows.name: sum(rows.table.dropped.values()) / rows.table.read for rows in case.splits}
     worst, pile = max(prompts.values()), max((share for share, _ in piles.values()), default=0.0)
     said = [f"{share:.1%} of the prompts of {name} are cut" for name, share in prompts.items() if share > 0.05]
-    said += [f"{share:.0%} of the responses of {name} have exactly {what} and end in mid-sentence" for name, (share, what) in piles.items() if share > 0.05]
+    cut = [(name, share, what) for name, (share, what) in piles.items() if share > 0.05]
+    said += [f"{share:.0%} of the responses of {name} have exactly {what} and end in mid-sentence" for name, share, what in cut]
     said += [f"{share:.1%} of the rows of {name} cannot be read" for name, share in dropped.items() if share > 0]
     return judge(
         "truncation",
@@ -48,21 +49,22 @@ def truncation(case: Case) -> Finding:
 def _pile(case: Case, rows: Rows) -> tuple[float, str]:
     """The share of responses that have exactly the greatest length and do not end like a sentence, by the unit in which it is largest."""
     order = np.random.default_rng(case.seed).permutation(len(rows.table))[:1000]
-    texts = [text.strip() for row in rows.table.fetch(sorted(order.tolist())) for text in case._texts(row["responses"])]
+    texts = [text.strip() for row in rows.table.fetch(sorted(order.tolist())) for text in case.texts(row["responses"])]
     units: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split()), "characters": len}
     found = (0.0, "")
-    if len(texts) < ENOUGH:
+    if len(texts) < ENOUGH or max(len(text.split()) for text in texts) <= 3:  # labels, not texts
         return found
     for unit, count in units.items():
         sizes = [count(text) for text in texts]
         most = max(sizes)
         at = [text for text, size in zip(texts, sizes, strict=True) if size == most]
         cut = sum(not END.search(text) for text in at)
-        if most > 3 and cut > len(at) / 2:
+        if cut > len(at) / 2:
             found = max(found, (cut / len(texts), f"{most} {unit}"))
     tokens = Counter(rows.table.longest.tolist())
     most = max(tokens)
-    if most > 3 and found[0] == 0.0 and tokens[most] / len(rows.table) > 0.05 and np.mean([bool(END.search(t)) for t in texts]) < 0.5:
+    ended = sum(bool(END.search(text)) for text in texts) / len(texts)
+    if found[0] == 0.0 and ended < 0.5:
         found = (tokens[most] / len(rows.table), f"{most} tokens")
     return found
 
@@ -81,7 +83,8 @@ def shared_prompts(case: Case) -> Finding:
     bad = {both: share for both, share in shares.items() if share > 0}
     return judge(
         "shared_prompts",
-        "; ".join(f"{share:.1%} of the prompts of {h} stand in {t}" for (t, h), share in bad.items()) or f"none, in {len(shares)} pairs of splits",
+        "; ".join(f"{share:.1%} of the prompts of {h} stand in {t}" for (t, h), share in bad.items())
+        or f"none, in {len(shares)} pairs of splits",
         "no prompt in a training split and a held-out one",
         fail=any(share > 0.01 for both, share in bad.items() if both in same),
         warn=bool(bad),

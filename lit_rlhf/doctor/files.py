@@ -1,4 +1,4 @@
-"""Checks of the directories themselves: whole weights, one tokenizer, pad and EOS, where the weights come from, what generate() would do."""
+"""Checks of the directories: whole weights, one tokenizer, pad and EOS, where the weights come from, what generate() would do."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 
+from lit_rlhf.batch import Batch
 from lit_rlhf.data.tokenise import Encoder
 from lit_rlhf.doctor.case import Case, read_json
 from lit_rlhf.doctor.finding import Finding, NotMeasurable, judge
 from lit_rlhf.networks import CausalPolicy, in_parts
 
 ADAPTER = ("lora_", ".base_layer.", "adapter")
+QUIET = ("_", "output_", "return_", "use_cache")
 NEUTRAL = {"do_sample", "num_return_sequences", "max_length", "max_new_tokens", "temperature", "transformers_version"}
 
 
@@ -60,7 +62,7 @@ def loads(case: Case) -> Finding:
 def tokenizer(case: Case) -> Finding:
     """All stages give the same ids to the same text: a network reads the ids of the tokenizer that it was trained with, and no others."""
     texts = [text for part in case.references[:2] for text in part[:64]]
-    encoders = {role: Encoder(_raw(path)) for role, path in case.directories.items() if role != "base"}
+    encoders = {role: Encoder(raw_tokenizer(path)) for role, path in case.directories.items() if role != "base"}
     if len(encoders) < 2:
         raise NotMeasurable("only one of the stages is a directory")
     (first, own), *others = encoders.items()
@@ -77,7 +79,7 @@ def tokenizer(case: Case) -> Finding:
         "the same ids for the same text",
         fail=bool(differ),
         warn=bool(vocabularies),
-        reason="the stages' tokenizers differ: either a tokenizer was copied to the wrong network, or these networks have different ancestors",
+        reason="the stages' tokenizers differ: one was copied to the wrong network, or these networks have different ancestors",
         remedy="copy the tokenizer files that each network was trained with; a reward model that has its own on purpose works with "
         "value_init: sft, and `--allow tokenizer` makes this a warning",
         numbers={f"{role}_other_ids": share for role, share in sizes.items()},
@@ -85,10 +87,13 @@ def tokenizer(case: Case) -> Finding:
 
 
 def pad(case: Case) -> Finding:
-    """Pad is a token of its own, the same in tokenizer and config: where pad = EOS, a loss mask or a reward read at the first pad drops EOS."""
+    """Pad is a token of its own, the same in tokenizer and config.
+
+    Where pad = EOS, a loss that masks padding never trains the end, and a reward read before the first pad is read before EOS.
+    """
     equal, odd = [], []
     for role, path in case.directories.items():
-        raw, config = _raw(path), _text_config(path)
+        raw, config = raw_tokenizer(path), _text_config(path)
         if raw.eos_token_id is not None and raw.eos_token_id in (raw.pad_token_id, config.get("pad_token_id")):
             equal.append(f"{role}: pad = EOS = {raw.eos_token!r} (id {raw.eos_token_id})")
         elif raw.pad_token_id is None:
@@ -112,10 +117,13 @@ def pad(case: Case) -> Finding:
 
 
 def eos(case: Case) -> Finding:
-    """All stages end a text by the same token, and config and generation_config name it: else generation runs past it or rewards miss it."""
+    """All stages end a text by the same token, and config and generation_config name it.
+
+    Else generation runs past the end, or the reward is read at a token that it was not trained on.
+    """
     wrong, tokens = [], {}
     for role, path in case.directories.items():
-        raw = _raw(path)
+        raw = raw_tokenizer(path)
         tokens[role] = raw.eos_token
         for file in ("config.json", "generation_config.json"):
             named = (_text_config(path) if file == "config.json" else read_json(Path(path, file))).get("eos_token_id")
@@ -133,8 +141,7 @@ def eos(case: Case) -> Finding:
         "one EOS token in all tokenizers, configs and generation configs",
         fail=bool(wrong),
         reason="the stages do not agree on how a response ends",
-        remedy="set eos_token in the tokenizer and eos_token_id in config.json and generation_config.json to the token that SFT was trained "
-        "with",
+        remedy="set the tokenizer's eos_token, and eos_token_id in config.json and generation_config.json, to the token that SFT learnt",
         numbers={"disagreements": float(len(wrong))},
     )
 
@@ -206,15 +213,15 @@ def _dropout_gap(case: Case, path: str) -> float:
 def sampling(case: Case) -> Finding:
     """What generate() draws under the directory's own generation_config has the log-probs that we give it, within 0.01 nats a token.
 
-    top-k, top-p, penalties and the like change what is drawn, and log-probs of the plain softmax then are not those of the samples: negative
-    KL, a ratio other than 1. The difference is measured: about 1e-6 nats where nothing is set, 0.1 and more where something is.
+    top-k, top-p, penalties and the like change what is drawn, and log-probs of the plain softmax then are not those of the samples:
+    negative KL, a ratio other than 1. The difference is measured: about 1e-6 nats where nothing is set, 0.1 and more where something is.
     """
     path = case.directories.get("sft")
     if path is None:
         raise NotMeasurable("the SFT model is not a directory")
     plain = GenerationConfig().to_diff_dict()
     own = {k: v for k, v in read_json(Path(path, "generation_config.json")).items() if k not in NEUTRAL and v != plain.get(k)}
-    named = {k: v for k, v in own.items() if not k.startswith(("_", "output_", "return_")) and not k.endswith("token_id") and k != "use_cache"}
+    named = {k: v for k, v in own.items() if not k.startswith(QUIET) and not k.endswith("token_id")}
     gap = _generation_gap(case, named)
     return judge(
         "sampling",
@@ -231,6 +238,8 @@ def sampling(case: Case) -> Finding:
 
 def _generation_gap(case: Case, settings: dict[str, Any]) -> float:
     """Mean |difference| in nats per token of what transformers draws under `settings`: its own processed log-probs against ours."""
+    if settings.get("num_beams", 1) != 1:
+        return float("inf")
     policy, sampled = case.reference, case.rollout.batch
     prompts = sampled.select_prompts(list(range(min(16, sampled.num_prompts)))).to(case.device)
     lm, tokenizer_ = policy.lm, policy.tokenizer
@@ -244,19 +253,18 @@ def _generation_gap(case: Case, settings: dict[str, Any]) -> float:
     total, count = 0.0, 0
     torch.manual_seed(case.seed)
     for row in ids:  # one at a time: no padding, and so nothing but the sampling is compared
-        made = lm.generate(
-            torch.tensor([row], device=case.device), generation_config=config, return_dict_in_generate=True, output_scores=True
-        )
+        start = torch.tensor([row], device=case.device)
+        made = lm.generate(start, generation_config=config, return_dict_in_generate=True, output_scores=True)
         new = made.sequences[0, len(row) :].tolist()
         theirs = torch.stack([s[0].float().log_softmax(-1)[token] for s, token in zip(made.scores, new, strict=True)])
-        batch = type(sampled).of([row], [new]).to(case.device)
+        batch = Batch.of([row], [new]).to(case.device)
         with torch.no_grad():
             ours = in_parts(policy, batch, 16384, lambda b: policy(b, temperature=case.temperature)[0])[0]
         total, count = total + float((theirs.cpu() - ours.cpu()).abs().sum()), count + len(new)
     return total / max(count, 1)
 
 
-def _raw(path: str) -> Any:
+def raw_tokenizer(path: str) -> Any:
     """The directory's tokenizer as it is, without `load_tokenizer`'s repairs."""
     return AutoTokenizer.from_pretrained(path)
 

@@ -1,4 +1,4 @@
-"""The reward of one text by every path: packed, padded on the right and on the left, alone, through plain transformers; or among other texts."""
+"""The reward of one text by every path: packed, padded right and left, alone, through plain transformers; or among other texts."""
 
 import copy
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.batch import Batch
 from lit_rlhf.doctor.case import Case
-from lit_rlhf.doctor.files import _raw
+from lit_rlhf.doctor.files import raw_tokenizer
 from lit_rlhf.doctor.finding import Finding, judge
 from lit_rlhf.networks import accepted, score_of
 from lit_rlhf.scoring import FunctionScorer, text_batch
@@ -33,7 +33,7 @@ def paths(case: Case) -> Finding:
     note = {name: gaps.pop(name) for name in ("left padded without position ids",) if name in gaps}
     worst = max(gaps, key=lambda name: gaps[name])
     off = [f"{name} ({gap:.2g})" for name, gap in gaps.items() if not gap <= 0.01]
-    said = f"{len(found)} paths differ by at most {gaps[worst]:.1g} standard deviations" if not off else "against " + first + ": " + ", ".join(off)
+    said = f"against {first}: {', '.join(off)}" if off else f"{len(found)} paths differ by at most {gaps[worst]:.1g} standard deviations"
     said += "".join(f"; left padding without position ids would differ by {gap:.2g}" for gap in note.values() if gap > 0.01)
     return judge(
         "paths",
@@ -45,8 +45,7 @@ def paths(case: Case) -> Finding:
         else _guess(off),
         remedy="pass attention_mask, and position_ids that count real tokens, with every padded batch (or pad on the right)"
         if function
-        else "give the directory a pad token that is not EOS, the same in tokenizer and config.json; end texts by EOS; count positions over "
-        "real tokens",
+        else "give the directory a pad token that is not EOS, in tokenizer and config.json; count positions over real tokens",
         numbers=gaps | note,
     )
 
@@ -75,8 +74,9 @@ def _by_network(case: Case, prompts: list[str], responses: list[str]) -> dict[st
     }
     if path := case.directories.get("reward"):
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=network.head.weight.dtype).eval().to(case.device)
-        rows, mean, padding = _rows(batch), network.mean.cpu(), _raw(path).pad_token_id
-        found["transformers, alone"] = torch.stack([model(torch.tensor([row], device=case.device)).logits[0, 0] for row in rows]).float().cpu() - mean
+        rows, mean, padding = _rows(batch), network.mean.cpu(), raw_tokenizer(path).pad_token_id
+        alone = [model(torch.tensor([row], device=case.device)).logits[0, 0].float().cpu() for row in rows]
+        found["transformers, alone"] = torch.stack(alone) - mean
         if padding is not None and model.config.pad_token_id is not None:
             for side in ("right", "left"):
                 ids, mask = _padded(rows, padding, side)

@@ -62,7 +62,8 @@ def ends(case: Case, role: str = "sft") -> Finding:
     found = grouped_share(made.finished)
     return judge(
         _name("ends", role),
-        f"{found.mean:.1%} of {len(made.finished)} samples (95%: {found.low:.1%} to {found.high:.1%}), at most {case.sampling.max_new_tokens} tokens",
+        f"{found.mean:.1%} (95%: {found.low:.1%} to {found.high:.1%}) of {len(made.finished)} samples, within "
+        f"{case.sampling.max_new_tokens} tokens",
         "at least 50%, better 90%",
         fail=found.mean < 0.5,
         warn=found.mean < 0.9,
@@ -76,11 +77,11 @@ def ends(case: Case, role: str = "sft") -> Finding:
 def length(case: Case, role: str = "sft") -> Finding:
     """Samples are as long as the references they imitate: a mean between 3/4 and 4/3 of theirs, else a warning; 3/5 and 5/3, else fail.
 
-    SFT matches the references' distribution of lengths; at T = 0.7 the means lie within some 15%. Half as long: it learnt from cut summaries.
+    SFT matches the references' distribution of lengths; at T = 0.7 the means lie within some 15%. Half as long: it learnt from cut ones.
     """
     made = _made(case, role)
-    sample, reference = float(made.batch.response_mask.sum(1).float().mean()) - float(made.finished.float().mean()), case.references[1]
-    wanted = float(case.lengths(reference).mean())
+    sample = float((made.batch.response_mask.sum(1) - made.finished.long()).float().mean())  # EOS aside
+    wanted = float(case.lengths(case.references[1]).mean())
     share = sample / wanted
     return judge(
         _name("length", role),
@@ -97,10 +98,10 @@ def length(case: Case, role: str = "sft") -> Finding:
 
 
 def repetition(case: Case, role: str = "sft") -> Finding:
-    """Samples do not repeat themselves or each other: at most 10% more repeated 3-grams and equal texts than half of all, by `collapse.signs`.
+    """Samples do not repeat themselves or each other, and are not empty (`collapse.signs`).
 
-    Fails where over half of the 3-grams repeat, over half of the texts are the same, or over a tenth are empty; warns at a fifth of the
-    first two. SFT models of any use have a few per cent.
+    Fails where over half of the 3-grams repeat an earlier one, over half of the texts are the same, or over a tenth are empty; a fifth of
+    either of the first two warns. People's summaries and those of SFT models of any use have a few per cent.
     """
     made = _made(case, role)
     found = signs(made.texts, made.batch.response_ids, made.batch.response_mask, made.finished)
@@ -121,13 +122,12 @@ def repetition(case: Case, role: str = "sft") -> Finding:
 def drift(case: Case) -> Finding:
     """What PPO bought: a score that rose, for a KL from SFT that is not negative and under 50 nats a response (a warning above 20).
 
-    KL of samples of the policy itself cannot be negative in the mean: below 0, log-probs and samples do not belong together. Stiennon et al.
-    (2020) used 2 to 19 nats, and preferred samples got worse from about there.
+    KL of the policy's own samples cannot be negative in the mean: below 0, log-probs and samples do not belong together. Stiennon et
+    al. (2020) used 2 to 19 nats, and what people preferred got worse from about there.
     """
     made = case.trained_rollout
     mean = grouped_mean((k1(made.logprobs, made.ref_logprobs) * made.batch.response_mask).sum(1))
-    prompts = case.references[0]
-    gain = grouped_mean(case.score(prompts, made.texts) - case.kinds["sample"])
+    gain = grouped_mean(case.score(case.prompts, made.texts) - case.kinds["sample"])
     return judge(
         "drift",
         f"score {gain.mean:+.3g} ({gain.low:.3g} to {gain.high:.3g}) for {mean.mean:.3g} nats ({mean.low:.3g} to {mean.high:.3g})",
@@ -142,7 +142,7 @@ def drift(case: Case) -> Finding:
         if mean.high < 0
         else "the policy is so far from SFT that the reward model cannot be believed (see `lit-rlhf frontier`)",
         remedy="train longer or at a higher rate where nothing moved; raise kl_coef (or set kl_target) where KL is large",
-        numbers={"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "kl": mean.mean, "kl_low": mean.low, "kl_high": mean.high},
+        numbers={"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "kl": mean.mean, "kl_low": mean.low},
     )
 
 

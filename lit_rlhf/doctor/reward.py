@@ -16,8 +16,8 @@ TOKENS = 16384  # of one forward pass
 def accuracy(case: Case) -> Finding:
     """The preferred response scores higher more often than by chance: the 95% interval lies above 0.5 (ties of scores are wrong).
 
-    Published models reach 0.6 to 0.7 on TL;DR, people agree with each other 0.73 to 0.77 (Stiennon et al. 2020, C.2). At chance: the head is
-    new, the backbone is a raw model's (trlX issue 338), or the pairs are of another task. Below: chosen and rejected are swapped.
+    Published models reach 0.6 to 0.7 on TL;DR, people agree in 0.73 to 0.77 (Stiennon et al. 2020, C.2). At chance: the head
+    is new, the backbone is a raw model's (trlX issue 338), or the pairs are of another task. Below: chosen and rejected are swapped.
     """
     chosen, rejected = case.pair_scores
     found = grouped_share(chosen > rejected, case.pairs.rows)
@@ -32,8 +32,9 @@ def accuracy(case: Case) -> Finding:
         if flipped
         else "the reward is at chance, or hardly above it: its head is new or not the trained one, it began from a raw model, or it was "
         "trained on something else",
-        remedy="negate the head, or swap the columns and train again" if flipped else "see `head`, `eos_read` and `lineage`; start from the SFT "
-        "directory, with more pairs",
+        remedy="negate the head, or swap the columns and train again"
+        if flipped
+        else "see `head`, `eos_read` and `lineage`; start from the SFT directory, with more pairs",
         numbers={"accuracy": found.mean, "low": found.low, "high": found.high, "pairs": float(len(chosen))},
     )
 
@@ -52,8 +53,8 @@ def head(case: Case) -> Finding:
     flipped = float(own.mean()) < 0.5 and float((case.pair_scores[0] < case.pair_scores[1]).double().mean()) > 0.55
     return judge(
         "head",
-        f"a fresh probe orders {float(probe.double().mean()):.3f}, the head {float(own.mean()):.3f} ({gain.mean:+.3f}, 95%: {gain.low:+.3f} to "
-        f"{gain.high:+.3f})",
+        f"a fresh probe orders {float(probe.double().mean()):.3f}, the head {float(own.mean()):.3f} "
+        f"({gain.mean:+.3f}, 95%: {gain.low:+.3f} to {gain.high:+.3f})",
         "a probe that is no better by 0.05 or more",
         fail=gain.low > 0.05,
         reason="the head points the wrong way: its sign is flipped"
@@ -61,41 +62,43 @@ def head(case: Case) -> Finding:
         else "the states know which response is preferred and the head does not: it was initialised anew, or is not the trained one",
         remedy="negate score.weight, or swap chosen and rejected and train again"
         if flipped
-        else "look for 'newly initialized: score.weight' in the log that wrote it; export again from the run's checkpoint, or train the head",
+        else "look for 'newly initialized: score.weight' in the log that wrote it; export again from the run's checkpoint",
         numbers={"probe": float(probe.double().mean()), "own": float(own.mean()), "gain_low": gain.low, "gain_high": gain.high},
     )
 
 
 def eos_read(case: Case) -> Finding:
-    """The score after EOS orders pairs at least as well as the one a token before it (a loss beyond the noise and 1 point fails).
+    """The score after EOS orders pairs better than the one a token before it: its loss is lower, or higher by less than the noise.
 
-    A model that was trained on texts without EOS has an untrained state there, and PPO reads its scores at EOS.
+    A model that was trained on texts without EOS has an untrained state there, and PPO reads its scores at EOS. The loss is -log sigmoid of
+    the differences over their own standard deviation, so that the two readings' scales do not matter; it tells far more than accuracy.
     """
     pairs, network = case.pairs, case.network
-    hits = []
+    hits, losses = [], []
     for shift in (0, 1):
         scores = [_scores_before_end(case, pairs.prompts, texts, shift) for texts in (pairs.chosen, pairs.rejected)]
-        hits.append((scores[0] > scores[1]).double())
-    loss = grouped_mean(hits[1] - hits[0], pairs.rows)
-    eos = network.tokenizer.eos_token
+        margin = scores[0] - scores[1]
+        hits.append(float((margin > 0).double().mean()))
+        losses.append(-F.logsigmoid(margin / margin.std().clamp(min=1e-6)))
+    cost = grouped_mean(losses[0] - losses[1], pairs.rows)
     return judge(
         "eos_read",
-        f"accuracy {float(hits[0].mean()):.3f} read at {eos}, {float(hits[1].mean()):.3f} a token before ({-loss.mean:+.3f}, 95%: "
-        f"{-loss.high:+.3f} to {-loss.low:+.3f})",
-        "reading at EOS costs no accuracy",
-        fail=loss.low > 0 and loss.mean > 0.01,
-        warn=loss.mean > 0.02,
+        f"accuracy {hits[0]:.3f} read at {network.tokenizer.eos_token}, {hits[1]:.3f} a token before; "
+        f"EOS costs {cost.mean:+.3f} nats of loss (95%: {cost.low:+.3f} to {cost.high:+.3f})",
+        "reading at EOS costs nothing",
+        fail=cost.low > 0,
+        warn=cost.mean > 0.02,
         reason="the reward model reads better without EOS than with it: its training texts had none, or lost it to truncation or padding",
         remedy="train the reward model on responses that end in EOS (lit_rlhf's DataModules add it), or score without it everywhere",
-        numbers={"with": float(hits[0].mean()), "without": float(hits[1].mean()), "loss_low": loss.low, "loss_high": loss.high},
+        numbers={"with": hits[0], "without": hits[1], "cost": cost.mean, "cost_low": cost.low, "cost_high": cost.high},
     )
 
 
 def calibration(case: Case) -> Finding:
     """sigmoid(difference of scores) is the share of such pairs that people order so: an expected calibration error of at most 0.1.
 
-    Guo et al. 2017's measure over ten bins. A difference of 1 is the unit in which PPO's kl_coef weighs KL; over-fitted models claim far more
-    than they deliver. Fails above 0.25.
+    Guo et al. 2017's measure over ten bins. A difference of 1 is the unit in which PPO's kl_coef weighs KL; over-fitted models claim far
+    more than they deliver. Fails above 0.25.
     """
     chosen, rejected = case.pair_scores
     margin = (chosen - rejected).double()
@@ -108,25 +111,27 @@ def calibration(case: Case) -> Finding:
         "at most 0.1, at the most 0.25",
         fail=error > 0.25,
         warn=error > 0.1,
-        reason="the scores' differences claim " + ("more" if claimed > true else "less") + " than they deliver: kl_coef means something else",
+        reason="the scores' differences claim "
+        + ("more" if claimed > true else "less")
+        + " than they deliver: kl_coef means something else",
         remedy="one epoch, a lower rate, or center_coef against over-fitting; or scale_scores in PPO",
         numbers={"ece": error, "confidence": claimed, "accuracy": true},
     )
 
 
 def length_bias(case: Case) -> Finding:
-    """The score is not length in disguise: pairs of (nearly) equal length are ordered better than by chance, R^2 with length is under 0.5.
+    """The score is not length in disguise: pairs of like length are ordered better than by chance, and R^2 with length is under 0.5.
 
-    R^2 is of scores minus their prompt's mean against lengths likewise (tokens). "Equal" are pairs that differ by at most a tenth of the
-    longer one, or the quarter of the pairs that differ least. Singhal et al. 2023 (arXiv:2310.03716): length explains most of what many
-    reward models pay for, and PPO finds it.
+    R^2 is that of the pairs' differences of scores against their differences of length in tokens: the share of the variance within a prompt
+    that length explains; over 0.8 fails. Of like length are pairs that differ by at most a tenth of the longer one, or the quarter of
+    the pairs that differ least. Singhal et al. 2023 (arXiv:2310.03716): length explains most of what many reward models pay for.
     """
     pairs = case.pairs
     longs = [case.lengths(texts) for texts in (pairs.chosen, pairs.rejected)]
     scores = [*case.pair_scores]
     difference = longs[0] - longs[1]
-    # within a pair the prompt's mean falls out: half the differences, once with either sign
-    share = correlation(torch.cat([difference, -difference]), torch.cat([scores[0] - scores[1], scores[1] - scores[0]])) ** 2
+    margin = scores[0] - scores[1]
+    share = correlation(torch.cat([difference, -difference]), torch.cat([margin, -margin])) ** 2  # either order: means of 0
     relative = difference.abs() / torch.maximum(*longs).clamp(min=1)
     near = relative <= max(0.1, float(relative.quantile(0.25)))
     matched = grouped_share((scores[0] > scores[1])[near], pairs.rows[near])
@@ -135,14 +140,14 @@ def length_bias(case: Case) -> Finding:
     blind = overall.low > 0.5 and matched.low <= 0.5 and overall.mean - matched.mean > 0.05
     return judge(
         "length_bias",
-        f"length explains {share:.0%} of the differences of scores; accuracy {matched.mean:.3f} (95%: {matched.low:.3f} to {matched.high:.3f}) on "
-        f"the {int(near.sum())} pairs of like length; people prefer the longer one {longer.mean:.0%}",
+        f"length explains {share:.0%} of the differences of scores; accuracy at like length ({int(near.sum())} pairs) {matched.mean:.3f} "
+        f"(95%: {matched.low:.3f} to {matched.high:.3f}); people prefer the longer one {longer.mean:.0%}",
         "above 0.5 at like length; R^2 under 0.5",
         fail=blind or share > 0.8,
         warn=share > 0.5,
-        reason="the score follows length" + (", and at like length it is at chance" if blind else "") + ": PPO will make responses longer or shorter",
+        reason=f"the score follows length{', at like length it is at chance' if blind else ''}: PPO will make responses longer or shorter",
         remedy="balance the pairs by length, or add pairs of like length; watch rollout/length in PPO",
-        numbers={"r2": share, "matched": matched.mean, "matched_low": matched.low, "matched_high": matched.high, "longer_preferred": longer.mean},
+        numbers={"r2": share, "matched": matched.mean, "matched_low": matched.low, "longer_preferred": longer.mean},
     )
 
 
@@ -163,10 +168,11 @@ def order(case: Case) -> Finding:
         "reference > sample > other, and reference > truncated, shuffled",
         fail=bool(wrong),
         warn=inverted,
-        reason="not ordered: " + ", ".join(f"{name} is {gaps[name].mean:.2f} ({gaps[name].low:.2f} to {gaps[name].high:.2f})" for name in wrong)
+        reason="not ordered: "
+        + ", ".join(f"{name} is {gaps[name].mean:.2f} ({gaps[name].low:.2f} to {gaps[name].high:.2f})" for name in wrong)
         if wrong
         else "the SFT model's samples score above the references: it is good, or the reward likes what models write",
-        remedy="add such pairs (another post's, a cut summary) to the comparisons; look at `accuracy` first; read samples that beat references"
+        remedy="look at `accuracy` first; add such pairs (another post's summary, a cut one) to the comparisons"
         if wrong
         else "read samples that beat their references before PPO learns from this reward",
         numbers=means | {f"{name}_low": gap.low for name, gap in gaps.items()},
@@ -174,7 +180,7 @@ def order(case: Case) -> Finding:
 
 
 def center(case: Case) -> Finding:
-    """References score 0 in the mean, within one standard deviation: the score -1 of unfinished responses and the first values rely on it."""
+    """References score 0 in the mean, within one standard deviation: the -1 of unfinished responses and the first values rely on it."""
     scores = case.kinds["reference"]
     mean, spread = float(scores.mean()), float(torch.cat(list(case.kinds.values())).std(unbiased=False))
     return judge(
