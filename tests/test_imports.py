@@ -25,7 +25,7 @@ LAYERS = (
         "report",
     },
     {"generation", "scoring", "scorers", "data"},
-    {"rollout", "checkpoints"},
+    {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
     {"quickstart.run", "planning", "doctor"},  # drive the command line
