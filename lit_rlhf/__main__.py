@@ -1,4 +1,4 @@
-"""`lit-rlhf` and `python -m lit_rlhf`: the commands that stand apart (quickstart, plan, doctor, ...), or the command line itself."""
+"""`lit-rlhf` and `python -m lit_rlhf`: the commands that stand apart (`APART`), or the command line itself."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ APART = {
     "plan": "lit_rlhf.planning.run",
     "consolidate": "lit_rlhf.consolidate",
     "doctor": "lit_rlhf.doctor.run",
+    "frontier": "lit_rlhf.frontier.run",
 }
 
 

@@ -58,7 +58,7 @@ def candidates(
 
 
 def best_rows(columns: dict[str, list[Any]], found: Candidates) -> list[dict[str, Any]]:
-    """One dictionary a prompt: the best response with its score, what is known of the prompt, the mean score of all n, and the bound of KL."""
+    """One dictionary a prompt: the best response with its score, what is known of the prompt, the mean score of all n, the bound of KL."""
     n, best = found.scores.shape[1], found.best.tolist()
     rows = []
     for m, k in enumerate(best):
