@@ -24,11 +24,11 @@ LAYERS = (
         "collapse",
         "report",
     },
-    {"generation", "scoring", "data"},
-    {"rollout", "checkpoints"},
+    {"generation", "scoring", "scorers", "data"},
+    {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning", "learning_curve"},  # drive the command line
+    {"quickstart.run", "planning", "doctor", "frontier", "learning_curve"},  # drive the command line
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
