@@ -25,6 +25,7 @@ ENOUGH = 20  # words; the longest plain summary of all five facts has 15
 LOWEST = -5.0
 CARE = 2.5  # of a labeller: the log-odds of the right choice, per point of gold
 RANKED = 4  # summaries that a labeller compares at a time
+STRAY = 0.1  # share of these that somebody wrote about another post; without any, a reward model need not read the post
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,14 @@ def raw_row(rng: random.Random) -> dict[str, str]:
 
 
 def ranking(rng: random.Random) -> dict[str, Any]:
-    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking."""
+    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking.
+
+    A share of `STRAY` of the summaries is of another post.
+    """
     post = write_post(rng)
     prompt, summaries = prompt_of(post), list[str]()
     while len(summaries) < RANKED:
-        summary = write_summary(post, rng)
+        summary = write_summary(write_post(rng) if rng.random() < STRAY else post, rng)
         if summary not in summaries:
             summaries.append(summary)
     return {"prompt": prompt, "responses": summaries, "scores": impressions(gold([prompt] * RANKED, summaries), rng)}

@@ -112,6 +112,20 @@ def test_rankings_are_noisy():
     assert 0.03 < wrong / pairs < 0.12
 
 
+def test_one_in_ten_ranked_summaries_is_of_another_post():
+    """Such a summary states facts that are not the post's; of the others hardly one states two of them."""
+    rng, strays, n = random.Random(5), 0, 0
+    for row in (ranking(rng) for _ in range(400)):
+        facts = read_post(row["prompt"])
+        for response in row["responses"]:
+            stated = {
+                kind: value for kind, values in words.VALUES.items() for value in values if f" {value} " in f" {response.strip('.?')} "
+            }
+            wrong = sum(facts[kind] != value for kind, value in stated.items())
+            strays, n = strays + (wrong >= 2), n + 1
+    assert 0.07 < strays / n < 0.12
+
+
 def test_the_same_seed_writes_the_same_files(tmp_path):
     sizes = {"sft_train": 20, "comparisons_train": 20, "prompts_valid": 5, "held_out": 20}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

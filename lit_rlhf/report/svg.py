@@ -1,0 +1,31 @@
+"""Drawings as inline SVG, coloured by the page's style sheet; nothing is loaded from elsewhere."""
+
+from html import escape
+
+from lit_rlhf.report.draw import Drawing, Mark, draw
+from lit_rlhf.report.figures import Bars, Plot, has_points
+from lit_rlhf.report.text import visible
+
+
+def svg(figure: Plot | Bars) -> str:
+    """The figure as one <svg> element, or "" where it has nothing to draw."""
+    if not has_points(figure):
+        return ""
+    drawing: Drawing = draw(figure)
+    label = f'role="img" aria-label="{escape(visible(drawing.title))}"'
+    return f'<svg viewBox="0 0 {drawing.width:g} {drawing.height:g}" {label}>{"".join(map(_element, drawing.marks))}</svg>'
+
+
+def _element(mark: Mark) -> str:
+    x, y = mark.at[0]
+    hint = f"<title>{escape(visible(mark.text))}</title>" if mark.text and mark.kind != "text" else ""
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in mark.at)
+    if mark.kind == "path":
+        return f'<polyline class="{mark.style}" points="{points}"/>'
+    if mark.kind == "area":
+        return f'<polygon class="{mark.style}" points="{points}">{hint}</polygon>'
+    if mark.kind == "dot":
+        return f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="{mark.radius:g}">{hint}</circle>'
+    anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
+    turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if mark.turned else ""
+    return f'<text class="{mark.style}" x="{x:.1f}" y="{y:.1f}"{anchor}{turned}>{escape(visible(mark.text))}</text>'
