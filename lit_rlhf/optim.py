@@ -79,7 +79,7 @@ FUSED_ON = ("cpu", "cuda")
 
 
 def fuse(optimizer: Optimizer) -> Optimizer:
-    """Lets torch's own optimisers update each weight in one pass (`fused`), unless the user chose how; the same optimiser, rounded otherwise.
+    """Lets torch's own optimisers update each weight in one pass (`fused`) unless the user chose how; only rounding differs.
 
     On a CPU a step of AdamW takes a quarter of the time. It is set on the groups and not in the constructor, which would also announce
     support for gradient scaling, with which Lightning refuses to clip gradients.
