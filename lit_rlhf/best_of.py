@@ -12,10 +12,11 @@ from lit_rlhf.data.tokenise import Encoder
 from lit_rlhf.functional import best_of_n_kl
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy
-from lit_rlhf.rollout import MAX_ROWS, score_texts
+from lit_rlhf.rollout import score_texts
 from lit_rlhf.scorers import load_scorer
 
 NOISE = 0x626F6E  # key of the sampling noise
+MAX_ROWS = 256
 
 
 @dataclass
@@ -43,7 +44,7 @@ def candidates(
 ) -> Candidates:
     """Samples n responses for each prompt of the batch (whose columns the scorer may ask for) and scores them.
 
-    The noise is a function of `key` and the prompt's row. At most `rollout.MAX_ROWS` responses are sampled at a time.
+    The noise is a function of `key` and the prompt's row. At most `MAX_ROWS` responses are sampled at a time.
     """
     device, size = next(policy.parameters()).device, max(1, MAX_ROWS // n)
     rows, texts, parts = list(prompts.rows or range(prompts.num_prompts)), [], []
