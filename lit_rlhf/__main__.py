@@ -12,6 +12,7 @@ APART = {
     "consolidate": "lit_rlhf.consolidate",
     "doctor": "lit_rlhf.doctor.run",
     "frontier": "lit_rlhf.frontier.run",
+    "winrate": "lit_rlhf.winrate.run",
 }
 
 

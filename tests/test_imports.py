@@ -28,7 +28,7 @@ LAYERS = (
     {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning", "doctor", "frontier"},  # drive the command line
+    {"quickstart.run", "planning", "doctor", "frontier", "winrate"},  # drive the command line
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
