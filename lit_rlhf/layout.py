@@ -1,21 +1,29 @@
 """Packs a Batch into rows of tokens and reads states back out: the only file that knows about packing.
 
-    row:        [ prompt 1 | resp 1a | resp 1b ] [ prompt 2 | resp 2a | resp 2b ] pad
+    row:        [ prompt 1 | resp 1a | resp 1b ] [ prompt 2 | resp 2a | resp 2b ]
     segment:      0 0 0 0    0 0       0 0 0       1 1 1      1 1       1 1
     branch:       0 0 0 0    1 1       2 2 2       0 0 0      1 1       2 2
     position:     0 1 2 3    4 5       4 5 6       0 1 2      3 4       3 4
 
 Token i may attend to token j when `segment_i == segment_j and j <= i and (branch_j == 0 or branch_j == branch_i)`. A prompt is stored
-and computed once, its responses branch off from it, and positions restart per path. Where a model family cannot take that rule (ALiBi,
-sliding windows, state-space layers), plain rows hold one prompt + response each, padded on the right.
+and computed once, its responses branch off from it, and positions restart per path.
+
+Three forms of rows, the first that a network can take (networks.check_layout tries them):
+    "trees"   one row without padding, attention tree by tree (attention.py)
+    "rows"    several rows, as long as the longest tree, trees put together first-fit, with a boolean mask
+    "plain"   one prompt + response a row, padded on the right: for ALiBi, sliding windows, state-space layers
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_rlhf.attention import Trees
 from lit_rlhf.batch import Batch
+
+Form = Literal["trees", "rows", "plain"]
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Layout:
     position_ids: Tensor
     """(B, T) int64."""
     attention_mask: Tensor
-    """Packed: (B, 1, T, T) bool, True = may attend. Plain: (B, T) int64, 1 = real."""
+    """Trees: their marker (attention.py). Rows: (B, 1, T, T) bool, True = may attend. Plain: (B, T) int64, 1 = real."""
     state_index: Tensor
     """(N, R + 1) int64 into the B * T tokens: column t is the token after which t response tokens have been seen (clamped to the last)."""
     prompt_index: Tensor
@@ -38,24 +46,22 @@ class Layout:
         return hidden.flatten(0, 1)[self.state_index]
 
 
-def pack(batch: Batch, *, packed: bool = True) -> Layout:
-    """Lays the batch out in rows: several prompt trees a row where `packed`, else one prompt + response a row.
-
-    Rows are as long as the longest tree; the others are put together first-fit, longest first, so that little padding is left.
-    A prompt without responses is a tree of its own.
-    """
+def pack(batch: Batch, form: Form = "trees") -> Layout:
+    """Lays the batch out in rows of the given form. A prompt without responses is a tree of its own."""
     prompts = batch.prompt_mask.sum(1).tolist()
     lengths = batch.response_mask.sum(1).tolist()
     owner = batch.prompt_of.tolist()
     children: list[list[int]] = [[] for _ in prompts]
     for n, m in enumerate(owner):
         children[m].append(n)
-    trees = [(m, c) for m, c in enumerate(children)] if packed else [(m, [n]) for m, c in enumerate(children) for n in c]
-    if not packed:
-        trees += [(m, []) for m, c in enumerate(children) if not c]
+    trees = [(m, c) for m, c in enumerate(children)]
+    if form == "plain":
+        trees = [(m, [n]) for m, c in trees for n in c] + [(m, []) for m, c in trees if not c]
     sizes = [prompts[m] + sum(lengths[n] for n in c) for m, c in trees]
-    rows = _first_fit(sizes, max(sizes)) if packed else [[i] for i in range(len(trees))]
-    return _lay_out(batch, [[trees[i] for i in row] for row in rows], prompts, lengths, max(sizes), packed)
+    if form == "trees":
+        return _lay_out(batch, [trees], prompts, lengths, sum(sizes), form)
+    rows = _first_fit(sizes, max(sizes)) if form == "rows" else [[i] for i in range(len(trees))]
+    return _lay_out(batch, [[trees[i] for i in row] for row in rows], prompts, lengths, max(sizes), form)
 
 
 def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
@@ -74,7 +80,7 @@ def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 def _lay_out(
-    batch: Batch, rows: list[list[tuple[int, list[int]]]], prompts: list[int], lengths: list[int], width: int, packed: bool
+    batch: Batch, rows: list[list[tuple[int, list[int]]]], prompts: list[int], lengths: list[int], width: int, form: Form
 ) -> Layout:
     """Writes the trees of each row one after the other; index tensors are built on the CPU and moved once."""
     shape = (len(rows), width)
@@ -108,8 +114,22 @@ def _lay_out(
     tokens = torch.cat([batch.prompt_ids.flatten(), batch.response_ids.flatten()])
     real = (source >= 0).to(device)
     input_ids = torch.where(real, tokens[source.clamp(min=0).to(device)], 0)
-    mask = attention_rule(segment.to(device), branch.to(device)) if packed else real.long()
+    mask = real.long() if form == "plain" else _mask(segment.to(device), branch.to(device), form)
     return Layout(input_ids, position.to(device), mask, state_index.to(device), prompt_index.to(device))
+
+
+def _mask(segment: Tensor, branch: Tensor, form: Form) -> Tensor:
+    """What the model is given as attention mask: (B, 1, T, T), or the one row's trees."""
+    if form == "rows":
+        return attention_rule(segment, branch)
+    return trees_of(segment[0], branch[0]).marker()
+
+
+def trees_of(segment: Tensor, branch: Tensor) -> Trees:
+    """The trees of one row, from the tree number (T,) and branch number (T,) of each token."""
+    sizes = segment.unique_consecutive(return_counts=True)[1].tolist()
+    masks = [attention_rule(torch.zeros_like(b)[None], b[None])[0, 0] if (b > 1).any() else None for b in branch.split(sizes)]
+    return Trees(segment, branch, sizes, masks)
 
 
 def _fill(source: Tensor, position: Tensor, branch: Tensor, b: int, at: int, length: int, start: int, first: int, k: int) -> None:

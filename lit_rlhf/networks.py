@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lit_rlhf.attention import TREES
 from lit_rlhf.batch import Batch, pad_cat
 from lit_rlhf.functional import last_index, token_logprobs
-from lit_rlhf.layout import Layout, pack
+from lit_rlhf.layout import Form, Layout, pack
 from lit_rlhf.pretrained import (
     add_adapter,
     context_length,
@@ -46,7 +47,9 @@ class CausalPolicy(nn.Module):
         self.tokenizer = tokenizer
         self.window = attention_window(lm.config)
         self.own_logits = False
-        self.packed = True
+        self.form: Form = "rows"
+        self.shares_rows: bool | None = None
+        """Whether a prompt's responses can share a row of the cache (`decoding.can_share_rows`); None: not tried yet."""
         rows = lm.get_output_embeddings().weight.shape[0]
         banned = torch.ones(rows, dtype=torch.bool)
         banned[torch.tensor(sorted(set(tokenizer.get_vocab().values())))] = False
@@ -63,7 +66,7 @@ class CausalPolicy(nn.Module):
         )
         lm = load_model(AutoModelForCausalLM, path, tokenizer, dropout=dropout, **loading)
         net = cls(lm, tokenizer)
-        check_layout(net)
+        check_layout(net, trees=loading.get("attn_implementation") is None)
         if peft is not None:
             add_adapter(lm, peft)
         return net
@@ -83,7 +86,7 @@ class CausalPolicy(nn.Module):
         Returns:
             logprobs (N, R) and prompt_logprobs (M, P) or None; nats, float32, 0 outside their masks.
         """
-        layout = pack(batch, packed=self.packs(batch))
+        layout = pack(batch, self.form_for(batch))
         hidden, head = self._hidden(layout, adapter)
         flat, setting = hidden.flatten(0, 1), {"temperature": temperature, "banned": self.banned if ban else None}
         mask = batch.response_mask
@@ -95,17 +98,23 @@ class CausalPolicy(nn.Module):
         found = token_logprobs(flat[layout.prompt_index[:, :-1][mask[:, 1:]]], batch.prompt_ids[mask], head, **setting)
         return logprobs, found.new_zeros(mask.shape).masked_scatter(mask, found)
 
-    def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """One decoding step: logits (B, V) float32 after the last of ids (B, T), given the cache and the mask (B, past + T) so far."""
-        rows = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
-        if self.own_logits:
-            return self.lm(**accepted(self.lm, rows)).logits[:, -1].float()
-        hidden = self.lm.base_model(**accepted(self.lm.base_model, rows)).last_hidden_state[:, -1]
-        return self.lm.get_output_embeddings()(hidden).float()
+    def step(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, last: int = 1) -> Tensor:
+        """One decoding step: logits (B * last, V) after each of the last of ids (B, T), in the head's precision, given the cache.
 
-    def packs(self, batch: Batch) -> bool:
-        """Whether this batch may be packed: the family passed the check and no path is longer than its attention window."""
-        return self.packed and fits_window(batch, self.window)
+        The mask is (B, past + T), or (B, 1, T, past + T) bool, True = may attend.
+        """
+        mask = mask if mask.dim() == 4 else mask.long()
+        rows = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+        if self.own_logits:
+            logits = self.lm(**accepted(self.lm, rows | {"logits_to_keep": last})).logits[:, -last:]
+        else:
+            hidden = self.lm.base_model(**accepted(self.lm.base_model, rows)).last_hidden_state[:, -last:]
+            logits = self.lm.get_output_embeddings()(hidden)
+        return logits.flatten(0, 1)
+
+    def form_for(self, batch: Batch) -> Form:
+        """The rows that this batch takes: plain where a path is longer than the family's attention window."""
+        return self.form if fits_window(batch, self.window) else "plain"
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights under the plain model's keys, adapters merged; where the network is sharded, all ranks must call it."""
@@ -146,7 +155,7 @@ class ScalarModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.window = attention_window(model.config)
-        self.packed = True
+        self.form: Form = "rows"
         self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0), dtype=torch.float32))
 
     @classmethod
@@ -170,7 +179,7 @@ class ScalarModel(nn.Module):
         )
         model = load_model(AutoModelForSequenceClassification, path, tokenizer, head=head, **loading)
         net = cls(model, tokenizer)
-        check_layout(net)
+        check_layout(net, trees=loading.get("attn_implementation") is None)
         if peft is not None:
             add_adapter(model, peft)
             net.head.requires_grad_(True)
@@ -186,12 +195,12 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """One number for every state, (N, R + 1) float32: column t after t response tokens; `reward_mean` is subtracted."""
-        layout = pack(batch, packed=self.packs(batch))
+        layout = pack(batch, self.form_for(batch))
         states = layout.states(run(self.model.base_model, layout).last_hidden_state)
         return self.head(states).squeeze(-1).float() - self.mean
 
-    def packs(self, batch: Batch) -> bool:
-        return self.packed and fits_window(batch, self.window)
+    def form_for(self, batch: Batch) -> Form:
+        return self.form if fits_window(batch, self.window) else "plain"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalarModel":
         """Moves and casts the network as any module, but its mean stays float32, as scores are: bfloat16 would put 6.03 at 6.03125."""
@@ -277,35 +286,49 @@ def fits_window(batch: Batch, window: int | None) -> bool:
 
 
 @torch.no_grad()
-def check_layout(net: CausalPolicy | ScalarModel) -> None:
-    """Compares packed with plain rows, and our log-probs with the model's own logits, on random tokens; sets `packed` and `own_logits`.
+def check_layout(net: CausalPolicy | ScalarModel, trees: bool = True) -> None:
+    """Compares packed with plain rows, and our log-probs with the model's own logits, on random tokens; sets `form` and `own_logits`.
 
     Families that scale or cap their logits after the head use those logits; families for which packing is not exact take plain rows,
     and one warning says so.
+
+    Args:
+        trees: may set the attention implementation to ours. Where the user chose one, it stays, and packed rows have a mask.
     """
     model = net.lm if isinstance(net, CausalPolicy) else net.model
     was_training = model.training
     model.eval()
     batch = _random_batch(min(model.get_input_embeddings().weight.shape[0], 1000), net.window).to(next(model.parameters()).device)
     tolerance = 5e-5 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    plain = pack(batch, packed=False)
+    plain = pack(batch, "plain")
     base = run(model.base_model, plain).last_hidden_state
     if isinstance(net, CausalPolicy):
         net.own_logits = _changes_logits(model, plain, base, tolerance)
     states = plain.states(base)
-    try:
-        packed = pack(batch, packed=True)
-        difference = float((packed.states(run(model.base_model, packed).last_hidden_state) - states).abs().max() / states.abs().max())
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        difference = float("inf")
-        rank_zero_info(f"a packed forward of {model.config.model_type} failed: {error}")
-    if not difference <= tolerance:
-        net.packed = False
+    before = model.config._attn_implementation
+    for form in ("trees", "rows") if trees and before == "sdpa" else ("rows",):
+        difference = _difference(model, pack(batch, form), states, TREES if form == "trees" else before)
+        if difference <= tolerance:
+            net.form = form
+            break
+    else:
+        net.form = "plain"
         rank_zero_warn(
             f"{model.config.model_type}: packed rows differ from plain rows (by {difference:.1g} of the largest state), as with ALiBi or "
             "local or eager attention; using plain rows: the same numbers, more computation"
         )
     model.train(was_training)
+
+
+def _difference(model: PreTrainedModel, layout: Layout, states: Tensor, attention: str) -> float:
+    """How far the layout's states are from these, as a share of the largest; infinity where the model cannot take the layout."""
+    try:
+        if attention != model.config._attn_implementation:
+            model.set_attn_implementation(attention)
+        return float((layout.states(run(model.base_model, layout).last_hidden_state) - states).abs().max() / states.abs().max())
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        rank_zero_info(f"a packed forward of {model.config.model_type} failed: {error}")
+        return float("inf")
 
 
 def _changes_logits(lm: PreTrainedModel, layout: Layout, hidden: Tensor, tolerance: float) -> bool:

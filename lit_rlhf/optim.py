@@ -1,4 +1,4 @@
-"""Learning-rate schedules that YAML can name, and the number of optimiser steps of a fit."""
+"""Learning-rate schedules that YAML can name, the number of optimiser steps of a fit, and fused optimisers."""
 
 import math
 import warnings
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -71,3 +72,25 @@ def fix_max_steps(trainer: L.Trainer) -> int:
     trainer.fit_loop.epoch_loop.max_steps = int(total)
     trainer.fit_loop.max_epochs = -1
     return int(total)
+
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+FUSED_ON = ("cpu", "cuda")
+
+
+def fuse(optimizer: Optimizer) -> Optimizer:
+    """Lets torch's own optimisers update each weight in one pass (`fused`) unless the user chose how; only rounding differs.
+
+    On a CPU a step of AdamW takes a quarter of the time. It is set on the groups and not in the constructor, which would also announce
+    support for gradient scaling, with which Lightning refuses to clip gradients.
+    """
+    groups = optimizer.param_groups
+    if type(optimizer) not in FUSED or any(group.get(name) is not None for group in groups for name in ("fused", "foreach")):
+        return optimizer
+    flags = ("capturable", "differentiable")
+    if any(group.get(name) for group in groups for name in flags):
+        return optimizer
+    if all(p.is_floating_point() and p.device.type in FUSED_ON for group in groups for p in group["params"]):
+        for group in groups:
+            group["fused"] = True
+    return optimizer

@@ -1,7 +1,9 @@
 """Hugging Face directories and hub names: tokenizers with a pad token of their own, weights, adapters, exports."""
 
 import copy
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import huggingface_hub
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
@@ -70,6 +73,7 @@ def load_model(
     trust_remote_code: bool = False,
     dropout: bool = False,
     frozen_layers: int = 0,
+    activation_checkpointing: bool = False,
     head: str = "saved",
 ) -> PreTrainedModel:
     """Loads weights in `dtype` (safetensors only), checks that none is missing, and makes room for an added pad token.
@@ -91,6 +95,8 @@ def load_model(
     if not dropout:
         disable_dropout(model)
     freeze(model, frozen_layers)
+    if activation_checkpointing:
+        checkpoint_activations(model)
     _fit_table(model, path, tokenizer)
     return model
 
@@ -168,12 +174,41 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
     """
     if layers == 0:
         return
-    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
-    if not stacks or not 0 < layers <= len(stacks[0]):
+    stack = _blocks(model)
+    if not 0 < layers <= len(stack):
         most = model.config.num_hidden_layers
         raise ValueError(f"frozen_layers is {layers}, the model has {most} blocks; give at most {most}")
-    for module in (model.get_input_embeddings(), *stacks[0][:layers]):
+    for module in (model.get_input_embeddings(), *stack[:layers]):
         module.requires_grad_(False)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes each block keep its input alone for backward, which computes the rest again (Chen et al. 2016): the same numbers.
+
+    Only where gradients are on: transformers' own switch goes by training mode, in which PPO samples, and then drops the cache.
+    Raises ValueError where the model has no stack of blocks.
+    """
+    stack = _blocks(model)
+    if not stack:
+        raise ValueError(f"activation_checkpointing: {type(model).__name__} has no stack of blocks to recompute; leave it out")
+    for block in stack:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList | tuple[()]:
+    """The decoder's blocks, lowest first; () where it has no such stack."""
+    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+    return stacks[0] if stacks else ()
 
 
 def context_length_of(path: str, **source: Any) -> int | None:

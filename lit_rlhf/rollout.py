@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lit_rlhf.batch import Batch, Experience, join, pad_cat
 from lit_rlhf.data.text import tidy_response
+from lit_rlhf.decoding import can_share_rows, like_lengths
 from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
 from lit_rlhf.sharding import most
 
-MAX_ROWS = 256
+CACHED_FORWARDS = 8
+"""Sampling holds the keys and values of as many tokens as this many forward passes may hold."""
 
 
 @dataclass
@@ -89,11 +91,11 @@ def collect(
     Args:
         rows: the prompts' global numbers (the noise depends on them); default those of the batch.
         subtract_reference: score minus the score of the prompt's own reference response (column "reference").
-        tokens_per_forward: how many tokens one forward pass may hold.
+        tokens_per_forward: how many tokens one forward pass may hold; sampling may hold the keys and values of 8 times as many.
     """
     rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
-    groups, parts = _groups(prompts, num_responses), []
+    groups, parts = _groups(actors.policy, prompts, num_responses, sampling, CACHED_FORWARDS * tokens_per_forward), []
     for turn in range(most(actors.policy, len(groups))):
         index = groups[turn] if turn < len(groups) else groups[0][:1]  # keeps step with the ranks that have more groups
         part = prompts.select_prompts(index).to(device)
@@ -107,7 +109,7 @@ def collect(
         values = torch.zeros_like(ref) if actors.value is None else in_parts(actors.value, batch, tokens_per_forward)[:, :-1] * mask
         made = (sampled.finished, logprobs, sampled.logprobs, ref, values, sampled.entropy * mask, logprobs.new_zeros(len(mask)))
         rollouts.append(Rollout(batch.to("cpu"), sampled.texts, *(x.float().cpu() if x.is_floating_point() else x.cpu() for x in made)))
-    rollout = join_rollouts(rollouts[: len(groups)])
+    rollout = in_order(join_rollouts(rollouts[: len(groups)]), [m for group in groups for m in group])
     # Last and once: a reward that raises on one rank leaves no other rank waiting in a network's forward.
     rollout.scores = score_texts(actors.scorer, rollout.batch, rollout.texts, subtract_reference).float().cpu()
     return rollout
@@ -133,10 +135,23 @@ def score_texts(scorer: nn.Module, batch: Batch, texts: list[str], subtract_refe
     return scores - scorer(prompts, texts, columns)
 
 
-def _groups(prompts: Batch, num_responses: int) -> list[list[int]]:
-    """The prompts in groups of at most MAX_ROWS responses (one group wherever that suffices)."""
-    size = max(1, MAX_ROWS // num_responses)
-    return [list(range(at, min(at + size, prompts.num_prompts))) for at in range(0, prompts.num_prompts, size)]
+def _groups(policy: CausalPolicy, prompts: Batch, num_responses: int, sampling: Sampling, budget: int) -> list[list[int]]:
+    """The prompts in groups of like length whose sampling holds at most `budget` tokens; one group, in order, wherever that suffices."""
+    copies = 1 if can_share_rows(policy) else num_responses
+    held = [copies * n + num_responses * sampling.max_new_tokens for n in prompts.prompt_mask.sum(1).tolist()]
+    return [list(range(len(held)))] if max(held) * len(held) <= budget else like_lengths(held, budget)
+
+
+def in_order(rollout: Rollout, prompts: Sequence[int]) -> Rollout:
+    """The rollout with its prompts, which are numbered so, in ascending order."""
+    if list(prompts) == sorted(prompts):
+        return rollout
+    order = torch.tensor(prompts).argsort()
+    rows = torch.tensor(prompts)[rollout.batch.prompt_of].argsort(stable=True)
+    place = torch.tensor(prompts)[rollout.batch.prompt_of[rows]]
+    batch = rollout.batch.select_prompts(order).with_responses(rollout.batch.response_ids[rows], rollout.batch.response_mask[rows], place)
+    picked = {f.name: getattr(rollout, f.name)[rows] for f in fields(Rollout) if f.name not in ("batch", "texts")}
+    return Rollout(batch, [rollout.texts[n] for n in rows.tolist()], **picked)
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:

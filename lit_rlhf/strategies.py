@@ -43,6 +43,9 @@ def check_strategy(module: Any) -> None:
         _check_fsdp2(trainer, made and not any(isinstance(m, FSDPModule) for m in modules))
     if isinstance(strategy, FSDPStrategy):
         _check_fsdp1(strategy, modules)
+        if strategy._activation_checkpointing_kwargs and getattr(module, "hparams", {}).get("activation_checkpointing"):
+            raise ValueError("activation_checkpointing is on in the model and in strategy fsdp, so that each block would be computed three "
+                             "times; leave one of them out")  # fmt: skip
         if strategy.mixed_precision is None:
             strategy.mixed_precision = MixedPrecision()
     check_directory(trainer.ckpt_path, strategy)

@@ -9,22 +9,10 @@ import lit_rlhf
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
-    {"functional"},
-    {
-        "batch",
-        "layout",
-        "networks",
-        "directories",
-        "pretrained",
-        "metrics",
-        "optim",
-        "sharding",
-        "strategies",
-        "checkpoint_io",
-        "collapse",
-        "report",
-    },
-    {"generation", "scoring", "scorers", "data"},
+    {"functional", "attention"},
+    {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"}
+    | {"report"},
+    {"decoding", "generation", "scoring", "scorers", "data"},
     {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},

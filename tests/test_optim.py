@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_rlhf.optim import Schedule, fix_max_steps
+from lit_rlhf.optim import Schedule, fix_max_steps, fuse
 
 
 def learning_rates(schedule, total, lr=1.0):
@@ -232,3 +232,29 @@ def test_the_command_line_takes_schedules(command_line):
 def test_the_command_line_changes_one_value_of_the_optimizer(command_line):
     assert command_line(optimizer={"init_args": {"lr": 0.5}})[:3] == ("AdamW", 0.5, 1e-5)
     assert command_line("--model.optimizer", "SGD", "--model.optimizer.lr", "0.25")[:3] == ("SGD", 0.25, None)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_fused_optimiser_takes_the_same_steps(kind):
+    gradients = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+
+    def steps(optimizer, weight):
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        return weight.detach()
+
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(9))
+    plain, fused = start.clone().requires_grad_(), start.clone().requires_grad_()
+    made = fuse(kind([fused], lr=0.1, weight_decay=0.01))
+    assert made.param_groups[0]["fused"] and not getattr(made, "_step_supports_amp_scaling", False)
+    torch.testing.assert_close(
+        steps(made, fused), steps(kind([plain], lr=0.1, weight_decay=0.01, foreach=False), plain), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_what_the_user_chose_is_not_fused():
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    for made in (torch.optim.AdamW(weights, foreach=True), torch.optim.AdamW(weights, fused=False), torch.optim.RMSprop(weights)):
+        before = dict(made.param_groups[0])
+        assert {k: v for k, v in fuse(made).param_groups[0].items() if k != "params"} == {k: v for k, v in before.items() if k != "params"}

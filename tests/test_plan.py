@@ -47,7 +47,7 @@ def planned(capsys):
     """planned(*args) -> (exit code, what it says as JSON)."""
 
     def run(*args: str) -> tuple[int, dict]:
-        code = main(["plan", *args, *QUICK, "--json"])
+        code = main(["plan", *QUICK, *args, "--json"])
         return code, json.loads(capsys.readouterr().out or "{}")
 
     return run
@@ -135,6 +135,20 @@ def test_adapters(planned, config):
     }
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_activation_checkpointing_takes_memory_from_training_alone_and_adds_a_pass(accelerator, planned, config, capsys):
+    options = ("--config", config("sft"), f"--accelerator={accelerator}")
+    plain, recomputed = (planned(*options, f"--model.activation_checkpointing={on}")[1] for on in ("false", "true"))
+    before, after = plain["asked"]["peaks"], recomputed["asked"]["peaks"]
+    assert after["training"] < before["training"]
+    assert {k: v for k, v in after.items() if k != "training"} == {k: v for k, v in before.items() if k != "training"}
+    # 8 rows of 10 tokens at 2560 + 320 operations, four passes where there were three (test_hours_by_hand); the head is none of the blocks
+    more = recomputed["hours"]["seconds_per_step"]["training"] - plain["hours"]["seconds_per_step"]["training"]
+    assert more == pytest.approx(80 * (2560 + 320) / 1e9)
+    assert main(["plan", *QUICK, *options, "--model.activation_checkpointing=true"]) == 0
+    assert "blocks keep their inputs alone" in capsys.readouterr().out
+
+
 def test_ddp_holds_the_gradients_twice_and_fsdp_an_eighth_of_all(planned, config):
     ddp = planned("--config", config("sft"), "--devices=8")[1]["asked"]
     assert (ddp["strategy"], ddp["buckets"]) == ("ddp", 4 * POLICY)
@@ -162,9 +176,11 @@ def test_rollouts_hold_the_gradients_between_validations(planned, config):
 
 @pytest.mark.slow  # a dozen simulated runs
 @pytest.mark.parametrize("strategy", ["auto", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}])
-def test_two_shallow_runs_give_what_the_whole_network_gives(strategy, planned, config, directory, monkeypatch):
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_two_shallow_runs_give_what_the_whole_network_gives(strategy, recomputed, planned, config, directory, monkeypatch):
     (Path(directory) / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 10}))
-    file = config("reward", trainer={"strategy": strategy, "precision": "bf16-mixed"})
+    trainer = {"strategy": strategy, "precision": "bf16-mixed"}
+    file = config("reward", model={"activation_checkpointing": recomputed}, trainer=trainer)
     short = planned("--config", file, "--devices=2")[1]["asked"]
     monkeypatch.setattr("lit_rlhf.planning.run.is_uniform", lambda *_: False)
     assert planned("--config", file, "--devices=2")[1]["asked"] == short
@@ -190,6 +206,11 @@ def test_exit_codes_and_what_to_change(planned, config, capsys):
     assert "What fits: no overlay on 1 device with --trainer.accumulate_grad_batches 2." in text
     assert main(["plan", *args, "--device_memory=1kB"]) == 1
     assert "use LoRA" in capsys.readouterr().out
+    wide = config("reward", data={"batch_size": 1, "val_batch_size": 1})  # of which a micro-batch cannot be smaller
+    one = ["--config", wide, "--flops=1e9", "--accelerator=cpu", "--reserve=0", "--prompt_tokens=600", "--response_tokens=4"]
+    main(["plan", *one, "--json"])
+    assert main(["plan", *one, f"--device_memory={json.loads(capsys.readouterr().out)['asked']['lasting'] + 1000}"]) == 1
+    assert "Use --model.activation_checkpointing true" in capsys.readouterr().out
     assert main(["plan", *args]) == 0
     assert "Give --device_memory" in capsys.readouterr().out
 
@@ -336,7 +357,9 @@ def test_a_shell_holds_no_numbers(directory):
 
     from lit_rlhf.planning.shells import build, read_source
 
-    args = SimpleNamespace(dropout=False, dtype="float32", attn_implementation=None, peft=None, frozen_layers=0)
+    args = SimpleNamespace(
+        dropout=False, dtype="float32", attn_implementation=None, peft=None, frozen_layers=0, activation_checkpointing=False
+    )
     with FakeTensorMode():
         shells = build(SimpleNamespace(stage="sft", model=args), {"policy": read_source(directory, None, False)})
     storage = next(shells.policy.parameters()).untyped_storage()

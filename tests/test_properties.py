@@ -45,7 +45,7 @@ def may_attend(i: tuple[int, int, int], j: tuple[int, int, int]) -> bool:
 @steady
 def test_packed_rows_hold_each_token_once_and_show_it_its_own_path_alone(tree):
     batch, home = batch_of(*tree)
-    layout = pack(batch)
+    layout = pack(batch, "rows")
     assert sorted(layout.input_ids[layout.input_ids > 0].tolist()) == sorted(home)
     for row, positions, mask in zip(layout.input_ids.tolist(), layout.position_ids.tolist(), layout.attention_mask[:, 0], strict=True):
         real = [i for i, token in enumerate(row) if token]
@@ -63,7 +63,7 @@ def test_packed_rows_hold_each_token_once_and_show_it_its_own_path_alone(tree):
 def test_plain_rows_hold_one_path_each(tree):
     prompts, responses = tree
     batch, home = batch_of(*tree)
-    layout = pack(batch, packed=False)
+    layout = pack(batch, "plain")
     rows = zip(layout.input_ids.tolist(), layout.attention_mask.tolist(), strict=True)
     found = [[t for t, real in zip(row, mask, strict=True) if real] for row, mask in rows]
     alone = [m for m in range(len(prompts)) if m not in [owner for owner, _ in responses]]
@@ -74,13 +74,13 @@ def test_plain_rows_hold_one_path_each(tree):
         assert [p for t, p in zip(path, positions, strict=True) if t] == [home[t][2] for t in path if t]
 
 
-@given(trees(), st.booleans())
+@given(trees(), st.sampled_from(["trees", "rows", "plain"]))
 @steady
-def test_states_come_back_to_where_they_belong(tree, packed):
+def test_states_come_back_to_where_they_belong(tree, form):
     """With the token's id as its state: column 0 is the prompt's last token, column t the response's token t, then its last again."""
     prompts, responses = tree
     batch, home = batch_of(*tree)
-    layout = pack(batch, packed=packed)
+    layout = pack(batch, form)
     width = max((length for _, length in responses), default=0)
     states = layout.states(layout.input_ids[:, :, None].float())[:, :, 0].int().tolist() if responses else []
     for n, (m, length) in enumerate(responses):

@@ -54,11 +54,14 @@ def watched(kind: type, key: str) -> type:
 
 
 def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
-    """What the three stages did: 6 optimiser steps each, which for PPO are 3 iterations."""
-    sampling = Sampling(8, 1.0)
+    """What the three stages did: 6 optimiser steps each, which for PPO are 3 iterations.
+
+    Two ranks recompute the activations of reward model and PPO, one process keeps them: no number depends on it.
+    """
+    sampling, common = Sampling(8, 1.0), COMMON | {"activation_checkpointing": strategy_name != "one"}
     stages = {
         "sft": (watched(SFT, "train/")(sft_dir, sampling=sampling, **COMMON), SFTDataModule(ROWS, val_data=ROWS[:6], batch_size=8)),
-        "reward": (watched(PairwiseReward, "train/")(sft_dir, **COMMON), PairwiseDataModule(PAIRS, val_data=PAIRS[:6], batch_size=8)),
+        "reward": (watched(PairwiseReward, "train/")(sft_dir, **common), PairwiseDataModule(PAIRS, val_data=PAIRS[:6], batch_size=8)),
         "ppo": (
             watched(PPO, "ppo/")(
                 sft_dir,
@@ -68,7 +71,7 @@ def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
                 minibatches=2,
                 ppo_epochs=1,
                 sampling=sampling,
-                **COMMON,
+                **common,
             ),
             PromptDataModule(ROWS, val_data=ROWS[:6], max_prompt_tokens=64, val_batch_size=4),
         ),

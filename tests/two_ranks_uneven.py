@@ -33,7 +33,7 @@ def run(name: str, sft_dir: str, reward_dir: str) -> dict:
     sampling = Sampling(12, 1.0)
     ppo = uneven_ppo(sft_dir, reward_dir)
     data = PromptDataModule(ROWS, val_data=ROWS[:7], max_prompt_tokens=64, val_batch_size=3)
-    with mock.patch.object(rollout, "MAX_ROWS", 4):
+    with mock.patch.object(rollout, "CACHED_FORWARDS", 4):
         fit = trainer(name, max_steps=1)
         with forced(fit.global_rank):
             fit.fit(ppo, datamodule=data)
@@ -52,6 +52,6 @@ def run(name: str, sft_dir: str, reward_dir: str) -> dict:
 def same_texts(name: str, sft_dir: str, reward_dir: str) -> list[str]:
     """The unforced texts of the same uneven rollout."""
     ppo = uneven_ppo(sft_dir, reward_dir)
-    with mock.patch.object(rollout, "MAX_ROWS", 4):
+    with mock.patch.object(rollout, "CACHED_FORWARDS", 4):
         trainer(name, max_steps=1).fit(ppo, datamodule=PromptDataModule(ROWS, max_prompt_tokens=64))
     return [*ppo.tokenizer.batch_decode(list(ppo.experience.batch.response_ids)), *map("{:.4f}".format, ppo.experience.scores)]

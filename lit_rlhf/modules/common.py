@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from lit_rlhf.checkpoints import group_settings
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.generation import Sampling
-from lit_rlhf.optim import fix_max_steps
+from lit_rlhf.optim import fix_max_steps, fuse
 
 VALIDATION = 0x56414C  # keys of sampling noise that is the same at every validation
 PREDICTION = 0x505245
@@ -61,7 +61,7 @@ def reseed(*counters: int) -> None:
 def optimizers(module: L.LightningModule, groups: list[dict[str, Any]], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Lightning's optimizer dictionary: one optimizer over the groups, its schedule over the whole run, stepped every update."""
     groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    built: Optimizer = optimizer(groups)
+    built: Optimizer = fuse(optimizer(groups))
     schedule = scheduler(built, fix_max_steps(module.trainer))
     module.run.groups = group_settings(built)  # type: ignore[union-attr]
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -39,7 +39,7 @@ class PairwiseReward(L.LightningModule):
         center_coef: weight of (chosen + rejected)^2, which keeps scores near 0.
         reference_rows: how many references the mean is taken over.
         frozen_layers: how many of the lowest blocks do not train, embeddings included (trlX: 70%).
-        dtype, attn_implementation, revision, trust_remote_code, peft, optimizer, scheduler: as in `SFT`.
+        dtype, attn_implementation, revision, trust_remote_code, peft, activation_checkpointing, optimizer, scheduler: as in `SFT`.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class PairwiseReward(L.LightningModule):
         trust_remote_code: bool = False,
         peft: Any = None,
         frozen_layers: int = 0,
+        activation_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
         scheduler: Schedule | LRSchedule = Schedule("cosine"),  # noqa: B008
     ) -> None:
@@ -66,6 +67,7 @@ class PairwiseReward(L.LightningModule):
         self.loss, self.center_coef, self.reference_rows = loss, center_coef, reference_rows
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation, "frozen_layers": frozen_layers, "peft": peft}
+        self.loading["activation_checkpointing"] = activation_checkpointing
         self.optimizer, self.scheduler = optimizer, scheduler
         self.network: ScalarModel | None = None
         self.accuracy, self.val_loss = PairAccuracy(), MeanMetric()

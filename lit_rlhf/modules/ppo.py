@@ -81,8 +81,8 @@ class PPO(L.LightningModule):
         reward_timeout: seconds that one call of `reward_fn` may take before the run stops; None waits for ever.
         ptx_coef: weight of the language-model loss on `PromptDataModule(ptx_data=…)` (InstructGPT's PPO-ptx).
         tokens_per_forward: how many tokens a pass without gradient may hold.
-        dtype, attn_implementation, revision, trust_remote_code, peft, frozen_layers, optimizer, scheduler: as in `SFT`; with `peft` the
-            reference is the policy with its adapter off.
+        dtype, attn_implementation, revision, trust_remote_code, peft, frozen_layers, activation_checkpointing, optimizer, scheduler: as in
+            `SFT`; with `peft` the reference is the policy with its adapter off.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class PPO(L.LightningModule):
         trust_remote_code: bool = False,
         peft: Any = None,
         frozen_layers: int = 0,
+        activation_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
         scheduler: Schedule | LRSchedule = Schedule("linear"),  # noqa: B008
     ) -> None:
@@ -146,7 +147,7 @@ class PPO(L.LightningModule):
         self.moments = RunningMoments() if scale_scores else None
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
-        self.training_setup = {"peft": peft, "frozen_layers": frozen_layers}
+        self.training_setup = {"peft": peft, "frozen_layers": frozen_layers, "activation_checkpointing": activation_checkpointing}
         self.optimizer, self.scheduler = optimizer, scheduler
         check_settings(self)
         self.policy: CausalPolicy | None = None

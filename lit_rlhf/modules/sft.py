@@ -51,6 +51,7 @@ class SFT(L.LightningModule):
         attn_implementation, revision, trust_remote_code: as in transformers' `from_pretrained`.
         peft: a peft config, e.g. `peft.LoraConfig`; only the adapter trains, and the export holds the merged weights.
         frozen_layers: how many of the lowest blocks do not train, embeddings included.
+        activation_checkpointing: keep each block's input alone and compute the block again in backward: memory for about a third more time.
         optimizer: parameters -> optimizer.
         scheduler: (optimizer, total_steps) -> scheduler, stepped every update.
     """
@@ -68,6 +69,7 @@ class SFT(L.LightningModule):
         trust_remote_code: bool = False,
         peft: Any = None,
         frozen_layers: int = 0,
+        activation_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-6, eps=1e-5, weight_decay=0.01),  # noqa: B008
         scheduler: Schedule | LRSchedule = Schedule("cosine"),  # noqa: B008
     ) -> None:
@@ -82,6 +84,7 @@ class SFT(L.LightningModule):
             "trust_remote_code": trust_remote_code,
             "frozen_layers": frozen_layers,
             "peft": peft,
+            "activation_checkpointing": activation_checkpointing,
         }
         self.dropout = dropout
         self.optimizer, self.scheduler = optimizer, scheduler

@@ -11,27 +11,37 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lit_rlhf.attention import TREES, attend
 from lit_rlhf.sharding import shard
 
 
-class Attention(TorchFunctionMode):
-    """Takes the kernel that PyTorch would choose on the accelerator; without it, tensors without numbers get the slow one.
+class Attention:
+    """Within it, takes the kernel that PyTorch would choose on the accelerator; without it, tensors without numbers get the slow one.
 
     CPU: flash attention; GPU: the memory-efficient one where there is a mask (which it wants in the queries' type, padded to eights, and
-    which autograd keeps for every block), else flash attention.
+    which autograd keeps for every block), else flash attention. FlexAttention over trees, as on a GPU, keeps what flash attention keeps.
+    (A TorchFunctionMode would not be there when activations are recomputed.)
     """
 
     def __init__(self, accelerator: str) -> None:
-        super().__init__()
         self.accelerator = accelerator
+        self._own = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("dropout_p", 0.0) and self.accelerator == "cpu":
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
+    def __enter__(self) -> None:
+        F.scaled_dot_product_attention = self  # type: ignore[assignment]
+        if self.accelerator == "gpu":
+            AttentionInterface.register(TREES, _whole_row)
+
+    def __exit__(self, *error: Any) -> None:
+        F.scaled_dot_product_attention = self._own
+        AttentionInterface.register(TREES, attend)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        if kwargs.get("dropout_p", 0.0) and self.accelerator == "cpu":
+            return self._own(query, key, value, **kwargs)
         if torch.is_autocast_enabled("cpu") and query.dtype == torch.float32:
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         return self._attend(query, key, value, kwargs)
@@ -50,6 +60,11 @@ class Attention(TorchFunctionMode):
         mask = mask.expand(*query.shape[:3], key.shape[2])
         learns = torch.is_grad_enabled() and query.requires_grad
         return aten._scaled_dot_product_efficient_attention(query, key, value, mask, learns, 0.0, causal, scale=scale)[0]
+
+
+def _whole_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
+    """One causal call over a row of trees; any other mask is left as it is."""
+    return sdpa_attention_forward(module, query, key, value, None if hasattr(mask, "trees") else mask, **rest)
 
 
 def forward_context(precision: str) -> Any:

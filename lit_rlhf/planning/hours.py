@@ -51,15 +51,16 @@ def steps_of(job: Job) -> int | None:
 def seconds_per_step(job: Job, works: dict[str, Work], flops: float, bandwidth: float) -> dict[str, float]:
     """Seconds of one optimiser step on all devices together, by what takes them; PPO's sampling and scoring are shared among its steps.
 
-    A step with gradient takes three forward passes (backward is two), frozen layers and adapters too; the chunked head one more. Decoding
-    takes the longer of its operations and of reading the weights once a token.
+    A step with gradient takes three forward passes (backward is two), frozen layers and adapters too; the chunked head one more, and the
+    blocks one more with `activation_checkpointing`. Decoding takes the longer of its operations and of reading the weights once a token.
     """
     total = flops * job.world
     trees, paths = job.prompts_per_step, job.prompts_per_step * job.responses
     trained = {"sft": ["policy"], "reward": ["reward"], "ppo": ["policy", "value"]}[job.stage]
     scored = paths * job.response_tokens + (trees * job.prompt_tokens if job.prompt_loss else 0)
     passes = {role: trees * job.tree_tokens * _token(job, w) for role, w in works.items()}
-    training = sum(3 * passes[role] + 4 * scored * works[role].head for role in trained) / total
+    through = 4 if job.model.activation_checkpointing else 3
+    training = sum(through * passes[role] + 4 * scored * works[role].head for role in trained) / total
     if job.stage != "ppo":
         return {"training": training}
     steps = job.model.ppo_epochs * job.model.minibatches

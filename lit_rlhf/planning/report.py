@@ -32,6 +32,7 @@ def memory_lines(job: Job, memory: Memory) -> list[str]:
         more = f"of it keys and values {gib(memory.cache)}" if phase == "sampling" else ""
         if phase == "training":
             more = f"of it activations, logits and what else passes {gib(max(peak - memory.lasting, 0))}"
+            more += " (blocks keep their inputs alone: activation_checkpointing)" * job.model.activation_checkpointing
         mark = "  <- peak" if phase == memory.phase else ""
         lines.append(f"  {phase + ', all in all':<28}{gib(peak):>9}{mark:<10}{more}")
     return lines

@@ -209,6 +209,8 @@ def advice(asked: Trial) -> str:
     """What is left to try where no overlay fits."""
     if asked.limit is not None and asked.memory is not None and asked.memory.lasting > asked.limit:
         return "Weights, gradients and optimizer state alone are too much: use LoRA (model.peft), frozen_layers or more devices."
+    if asked.memory is not None and asked.memory.phase == "training" and not asked.job.model.activation_checkpointing:
+        return "Use --model.activation_checkpointing true, shorter prompts or responses, a smaller batch_size or more devices."
     return "Use shorter prompts or responses, a smaller batch_size or tokens_per_forward, LoRA (model.peft) or more devices."
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_rlhf.attention import TREES
 from lit_rlhf.directories import load_config
 from lit_rlhf.networks import CausalPolicy, ScalarModel
-from lit_rlhf.pretrained import add_adapter, disable_dropout, freeze, load_tokenizer, scalar_head
+from lit_rlhf.pretrained import add_adapter, checkpoint_activations, disable_dropout, freeze, load_tokenizer, scalar_head
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # families whose logits are changed after the head
 
@@ -109,9 +110,14 @@ def _scalar(source: Source, args: Any, *, trained: bool) -> ScalarModel:
 
 
 def _finish(network: Any, model: Any, args: Any, trained: bool) -> Any:
+    if args.attn_implementation is None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(TREES)
+        network.form = "trees"
     if not trained:
         return network.requires_grad_(False)
     freeze(model, args.frozen_layers)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
     if args.peft is not None:
         with unmoved():
             add_adapter(model, made(args.peft))

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from lit_rlhf.attention import Trees
 from lit_rlhf.batch import Batch
+from lit_rlhf.decoding import Decoder, Room, weights_cast_once
 from lit_rlhf.functional import lm_loss, policy_loss, token_logprobs, value_loss
-from lit_rlhf.generation import _prefill, draw
+from lit_rlhf.generation import draw
 from lit_rlhf.layout import Layout, attention_rule
 from lit_rlhf.networks import CausalPolicy, ScalarModel, run
+from lit_rlhf.optim import fuse
 from lit_rlhf.planning.depth import SHALLOW, deepen, mark_blocks, with_depth
 from lit_rlhf.planning.devices import Attention, forward_context, loop_as_on, lower, ranks, split
 from lit_rlhf.planning.job import Job
 from lit_rlhf.planning.shells import Shells, Source, build, made
 from lit_rlhf.planning.tracker import Tracker
-from lit_rlhf.rollout import MAX_ROWS
+from lit_rlhf.rollout import CACHED_FORWARDS
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Run:
         trained = [n for n in shells.present().values() if any(p.requires_grad for p in n.parameters())]
         groups = [{"params": [p for p in network.parameters() if p.requires_grad]} for network in trained]
         self.params = [p for group in groups for p in group["params"]]
-        self.optimizer = made(job.model.optimizer, groups)
+        self.optimizer = fuse(made(job.model.optimizer, groups))
         loop_as_on(self.optimizer, job.accelerator)
         self.cache = 0
 
@@ -148,10 +151,10 @@ class Run:
             self._drop_gradients()
         with torch.no_grad(), forward_context(job.precision):
             if job.stage == "ppo":
-                prompts = min(-(-job.batch_size // job.responses // job.world), max(MAX_ROWS // job.responses, 1))
+                prompts = min(-(-job.batch_size // job.responses // job.world), self._group(job.responses))
                 self._sampling(prompts, job.responses, "sampling")
                 self._scoring(prompts, job.responses, "scoring")
-                rows = min(rows, MAX_ROWS) if rows > prompts else 0  # fewer are less than a rollout in everything
+                rows = min(rows, self._group(1)) if rows > prompts else 0  # fewer are less than a rollout in everything
             self._drop_gradients()
             self._validation(rows)
         for p in self.params:
@@ -212,14 +215,14 @@ class Run:
     # One forward pass, as CausalPolicy.forward and ScalarModel.forward
 
     def layout(self, network: CausalPolicy | ScalarModel, prompts: int, responses: int) -> Layout:
-        """Rows of equal trees: one prompt with its responses each, or one prompt + response where an attention window forbids packing."""
+        """Equal trees in the network's form, or one prompt + response a row where an attention window forbids packing."""
         prompt, response = self.job.prompt_tokens, self.job.response_tokens
-        packed = network.window is None or prompt + response <= network.window
-        shape = (prompts, prompt + responses * response) if packed else (prompts * responses, prompt + response)
-        ids = torch.zeros(shape, dtype=torch.long)
-        mask = attention_rule(ids, torch.zeros_like(ids)) if packed else torch.ones_like(ids)
+        form = network.form if network.window is None or prompt + response <= network.window else "plain"
+        tree = prompt + responses * response
+        shapes = {"trees": (1, prompts * tree), "rows": (prompts, tree), "plain": (prompts * responses, prompt + response)}
+        ids = torch.zeros(shapes[form], dtype=torch.long)
         state = torch.zeros(prompts * responses, response + 1, dtype=torch.long)
-        return Layout(ids, torch.zeros_like(ids), mask, state, torch.zeros(prompts, prompt, dtype=torch.long))
+        return Layout(ids, torch.zeros_like(ids), _mask(ids, form, prompts, responses), state, torch.zeros(prompts, prompt).long())
 
     def _logprobs(self, network: CausalPolicy, prompts: int, responses: int, adapter: bool = True) -> Tensor:
         """Log-probabilities (N, R) of all response tokens; with SFT's `prompt_loss` those of the prompts' after them, all in one row."""
@@ -260,28 +263,47 @@ class Run:
             for network in filter(None, (shells.value, shells.reward)):
                 self._scalars(network, part, responses)
 
+    def _shares_rows(self) -> bool:
+        return self.shells.policy.form == "trees" and self.shells.policy.window is None
+
+    def _group(self, responses: int) -> int:
+        """How many prompts are sampled together."""
+        job = self.job
+        held = (1 if self._shares_rows() else responses) * job.prompt_tokens + responses * job.model.sampling.max_new_tokens
+        return max(CACHED_FORWARDS * job.model.tokens_per_forward // held, 1)
+
     def _sampling(self, prompts: int, responses: int, phase: str) -> None:
-        """The prompts at once, then the last two tokens with a full cache."""
+        """The prompts, then the last two tokens with a full cache."""
         policy, job = self.shells.policy, self.job
         new = job.model.sampling.max_new_tokens
-        with self.tracker.phase(phase):
+        with self.tracker.phase(phase), weights_cast_once(policy):
             batch = Batch(
                 *(torch.zeros(prompts, job.prompt_tokens, dtype=dt) for dt in (torch.long, torch.bool)), *[torch.zeros(0, 0).long()] * 3
             )
             numbers = torch.zeros(prompts * responses, dtype=torch.int32)
-            logits, mask, position, cache = _prefill(policy, batch, responses)
-            self._draw(policy, logits, numbers)
-            for layer in cache.layers:
-                layer.keys, layer.values = (_longer(x, job.prompt_tokens, max(new - 3, 0)) for x in (layer.keys, layer.values))
-            mask = torch.cat([mask, mask.new_ones(len(mask), max(new - 3, 0))], 1)
+            decoder = Decoder(policy, batch, [job.prompt_tokens] * prompts, responses, new - 1, shared=self._shares_rows())
+            self._draw(policy, decoder.logits, numbers)
+            del decoder.logits
+            decoder.columns.length += decoder.width * max(new - 3, 0)
+            for layer in decoder.cache.layers:
+                if not isinstance(layer, Room):
+                    layer.keys, layer.values = (_longer(x, job.prompt_tokens, max(new - 3, 0)) for x in (layer.keys, layer.values))
             for _ in range(min(new - 1, 2)):
-                mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-                logits = policy.step(torch.zeros_like(position)[:, None], mask, position[:, None], cache)
-                self._draw(policy, logits, numbers)
-            self.cache = max(self.cache, storage_bytes(x for layer in cache.layers for x in (layer.keys, layer.values)))
+                self._draw(policy, decoder.step(torch.zeros_like(numbers).long()), numbers)
+                decoder.moved()
+            self.cache = max(self.cache, storage_bytes(x for layer in decoder.cache.layers for x in (layer.keys, layer.values)))
 
     def _draw(self, policy: CausalPolicy, logits: Tensor, numbers: Tensor) -> None:
         draw(logits, policy.banned, self.job.model.sampling.temperature, (0, 0), numbers)
+
+
+def _mask(ids: Tensor, form: str, prompts: int, responses: int) -> Tensor:
+    """The attention mask of such rows."""
+    if form != "trees":
+        return attention_rule(ids, torch.zeros_like(ids)) if form == "rows" else torch.ones_like(ids)
+    row = ids[:, : ids.shape[1] // prompts]
+    masks = [attention_rule(row, row)[0, 0] if responses > 1 else None for _ in range(prompts)]
+    return Trees(ids[0], ids[0], [row.shape[1]] * prompts, masks).marker()
 
 
 def _longer(x: Tensor, now: int, more: int) -> Tensor:

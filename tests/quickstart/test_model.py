@@ -38,5 +38,5 @@ def test_untrained_directory_loads_as_any_other(tokenizer, tmp_path):
     loaded = load_tokenizer(str(tmp_path / "a"))
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token_id) == (0, 1, None)
     policy = CausalPolicy.load(str(tmp_path / "a"))
-    assert policy.packed and policy.context_length == 160
+    assert policy.form == "trees" and policy.context_length == 160
     assert sum(p.numel() for p in policy.parameters()) < 600_000
