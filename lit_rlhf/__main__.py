@@ -12,6 +12,7 @@ APART = {
     "consolidate": "lit_rlhf.consolidate",
     "doctor": "lit_rlhf.doctor.run",
     "frontier": "lit_rlhf.frontier.run",
+    "inspect": "lit_rlhf.inspector.run",
     "learning-curve": "lit_rlhf.learning_curve",
 }
 
