@@ -23,6 +23,8 @@ _HOME = {
     "CheckpointGuard": "callbacks",
     "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
+    "RewardReport": "callbacks",
+    "inspect_response": "inspector",
     "JSONLWriter": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",

@@ -14,9 +14,9 @@ LAYERS = (
     | {"report"},
     {"decoding", "generation", "scoring", "scorers", "data"},
     {"rollout", "best_of", "checkpoints"},
-    {"modules", "callbacks", "quickstart"},
+    {"modules", "callbacks", "quickstart", "inspector"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning", "doctor", "frontier", "winrate"},  # drive the command line
+    {"quickstart.run", "planning", "doctor", "frontier", "winrate", "inspector.run", "learning_curve"},  # drive the command line
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

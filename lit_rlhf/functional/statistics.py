@@ -81,12 +81,17 @@ class Bin(NamedTuple):
     accuracy: float
 
 
+def confidence_bin(confidence: Tensor, bins: int = 10) -> Tensor:
+    """(n,) int64: which of `bins` bins of equal width between .5 and 1 each confidence lies in; 1 lies in the last."""
+    return ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+
+
 def reliability(confidence: Tensor, right: Tensor, bins: int = 10) -> list[Bin]:
     """The non-empty bins of confidence between .5 and 1, of equal width, lowest first (Guo et al. 2017, for a choice between two).
 
     Shapes: confidence (n,) in .5..1, the probability given to the side that was chosen; right (n,) bool.
     """
-    which = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+    which = confidence_bin(confidence, bins)
     found = [which == i for i in range(bins)]
     return [Bin(int(m.sum()), float(confidence[m].double().mean()), float(right[m].double().mean())) for m in found if m.any()]
 

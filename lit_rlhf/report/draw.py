@@ -11,9 +11,9 @@ WIDTH = 380
 PLOT_HEIGHT = 156  # of the area between the axes
 TITLE, LEGEND_ROW, BAR_ROW = 24, 15, 18  # heights
 RIGHT = 14
-LETTER = 0.56  # an average letter's width in parts of its size
+LETTER = 0.6  # an average letter's width in parts of its size
 TICK_SIZE = 10
-NAME_LETTERS = 22  # of a bar's name; a longer one is cut
+NAME_LETTERS = 24  # of a bar's name; a longer one loses its middle
 COLOURS = 6  # in the palette; more series begin it again
 
 Point = tuple[float, float]
@@ -31,6 +31,7 @@ class Mark:
     """The words, or what a pointer over a dot or area is told."""
     anchor: Literal["start", "middle", "end"] = "start"
     turned: bool = False
+    radius: float = 2.8
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _draw_plot(plot: Plot) -> Drawing:
     xs = [x for s in series for x in s.x] + list(plot.x_range or ())
     ys = [y for s in series for part in (s.y, s.low or (), s.high or ()) for y in part] + list(plot.levels.values())
     ys += list(plot.y_range or ()) + ([0.0] if any(s.kind == "columns" for s in series) else [])
-    y_ticks = ticks(min(ys), max(ys), 4)
+    y_ticks = ticks(min(ys), max(ys), 5)
     low_x, high_x = min(xs), max(xs)
     x_ticks = log_ticks(xs) if plot.x_log else [x for x in ticks(low_x, high_x, 5) if low_x <= x <= high_x]
     legend, legend_height = _legend([s.name for s in series], [s.kind for s in series])
@@ -149,7 +150,8 @@ def _series(series: Series, colour: int, at: At) -> list[Mark]:
     low = [] if series.low is None else [at(x, y) for x, y in zip(series.x, series.low, strict=True)]
     high = [] if series.high is None else [at(x, y) for x, y in zip(series.x, series.high, strict=True)]
     hints = series.hints or [f"{series.name} {x:.4g}: {y:.4g}".strip() for x, y in zip(series.x, series.y, strict=True)]
-    dots = [Mark("dot", f"dot{colour}", (point,), hint) for point, hint in zip(points, hints, strict=True)]
+    radius = 2.8 if len(points) <= 100 else 1.7
+    dots = [Mark("dot", f"dot{colour}", (point,), hint, radius=radius) for point, hint in zip(points, hints, strict=True)]
     if series.kind == "points":
         return [Mark("path", f"whisker{colour}", (a, b)) for a, b in zip(low, high, strict=True)] + dots
     marks = [Mark("area", f"band{colour}", (*low, *reversed(high)))] if len(low) > 1 else []
@@ -183,7 +185,8 @@ def _draw_bars(bars: Bars) -> Drawing:
     values = [bars.values[i] for i in rows] + [v for part in (bars.low, bars.high) for v in part or () if math.isfinite(v)]
     values += [*bars.levels.values(), *(bars.range or (0.0,))]
     x_ticks = ticks(min(values), max(values), 4)
-    names = [name if len(name) <= NAME_LETTERS else name[: NAME_LETTERS - 1] + "…" for name in bars.names]
+    half = NAME_LETTERS // 2
+    names = [name if len(name) <= NAME_LETTERS else f"{name[: half - 1]}…{name[-half:]}" for name in bars.names]
     left = 8 + max(_width(names[i]) for i in rows)
     right = WIDTH - RIGHT - max((_width(text) + 4 for text in bars.texts or ()), default=0.0)
     top = TITLE + (16 if bars.levels else 6)

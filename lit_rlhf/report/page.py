@@ -41,6 +41,7 @@ class Table:
         digits: behind the point, for floats and Estimates; a mapping gives them by column.
         status: the column whose words pass, warn and fail are coloured.
         note: what the table says, below it.
+        folded: only a line that opens it is shown at first, for long tables.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Table:
     digits: int | Mapping[str, int] = 3
     status: str | None = None
     note: str = ""
+    folded: bool = False
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.rows):
@@ -219,9 +221,12 @@ def _table(table: Table) -> str:
             classes += [shown] if name == table.status and shown in ("pass", "warn", "fail") else []
             cells.append(f"<td{_class(*classes)}>{html(shown)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    title = f"<h3>{html(table.title)}</h3>" if table.title else ""
+    title = f"<h3>{html(table.title)}</h3>" if table.title and not table.folded else ""
     note = f'<p class="soft">{html(table.note)}</p>' if table.note else ""
-    return f'{title}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    shown = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    return title + (
+        f"<details><summary>{html(table.title or 'table')}, {len(rows):,} rows</summary>{shown}</details>" if table.folded else shown
+    )
 
 
 def _class(*names: str) -> str:

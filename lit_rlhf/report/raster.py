@@ -37,7 +37,7 @@ def _paint(image: Image.Image, mark: Mark) -> None:
             opaque.line(part, fill=colour, width=round(WIDTHS.get(kind, 1) * SCALE), joint="curve")
         return
     if mark.kind == "dot":
-        (x, y), r = points[0], 2.8 * SCALE
+        (x, y), r = points[0], mark.radius * SCALE
         points = [(x - r, y - r), (x + r, y + r)]
     left, top = math.floor(min(x for x, _ in points)), math.floor(min(y for _, y in points))
     mask = Image.new("L", (math.ceil(max(x for x, _ in points)) - left + 1, math.ceil(max(y for _, y in points)) - top + 1), 0)

@@ -32,6 +32,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
   padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; } p { max-width: 75ch; } .soft, figcaption { color: var(--soft); }
+summary { cursor: pointer; color: var(--soft); margin: .6rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; vertical-align: bottom; }

@@ -25,7 +25,7 @@ def _element(mark: Mark) -> str:
     if mark.kind == "area":
         return f'<polygon class="{mark.style}" points="{points}">{hint}</polygon>'
     if mark.kind == "dot":
-        return f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.8">{hint}</circle>'
+        return f'<circle class="{mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="{mark.radius:g}">{hint}</circle>'
     anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
     turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if mark.turned else ""
     return f'<text class="{mark.style}" x="{x:.1f}" y="{y:.1f}"{anchor}{turned}>{escape(visible(mark.text))}</text>'

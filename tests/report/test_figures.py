@@ -42,9 +42,9 @@ def test_a_histogram_by_hand():
 
 
 def test_points_lie_where_they_should():
-    # left: 24 and the widest tick label, "0.5" at 3 x 5.6 = 40.8; right 380 - 14 = 366; top 24 + 4 = 28, bottom 28 + 156 = 184
+    # left: 24 and the widest tick label, "0.2" at 3 x 6 = 42; right 380 - 14 = 366; top 24 + 4 = 28, bottom 28 + 156 = 184
     drawn = svg(lines("t", "x", "y", {"a": [(0, 0.0), (5, 0.5), (10, 1.0)]}))
-    assert 'class="line0" points="40.8,184.0 203.4,106.0 366.0,28.0"' in drawn
+    assert 'class="line0" points="42.0,184.0 204.0,106.0 366.0,28.0"' in drawn
 
 
 def test_a_logarithmic_axis_spaces_by_factors():
@@ -65,12 +65,12 @@ def test_band_and_whiskers():
 
 
 def test_bars_by_hand():
-    # names of 1 letter: left 8 + 5.6 = 13.6; right 366; 0..1 on it
+    # names of 1 letter: left 8 + 6 = 14; right 366; 0..1 on it
     drawing = draw(Bars("t", "share", ["a"], [0.25], [0.0], [1.0]))
     bar = next(mark for mark in drawing.marks if mark.style == "column0")
     whisker = next(mark for mark in drawing.marks if mark.style == "whisker0")
-    assert bar.at[0][0] == pytest.approx(13.6) and bar.at[1][0] == pytest.approx(13.6 + 0.25 * 352.4)
-    assert [x for x, _ in whisker.at] == pytest.approx([13.6, 366])
+    assert bar.at[0][0] == pytest.approx(14) and bar.at[1][0] == pytest.approx(14 + 0.25 * 352)
+    assert [x for x, _ in whisker.at] == pytest.approx([14, 366])
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.title)

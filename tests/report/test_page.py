@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -67,6 +68,12 @@ def test_status_words_are_coloured():
     assert 'class="words pass">pass<' in html and 'class="words fail">fail<' in html and 'class="words warn">warn<' in html
 
 
+def test_a_long_table_can_be_folded():
+    report = Report("t")
+    report.add("s", Table("Long", ["a"], [[1], [2]], folded=True))
+    assert "<details><summary>Long, 2 rows</summary><div" in page(report) and "<h3>" not in page(report)
+
+
 def test_a_row_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
         Table("t", ["a", "b"], [[1, 2], [1]])
@@ -103,12 +110,10 @@ def test_visible_keeps_what_people_write():
 
 
 def test_the_report_is_made_in_no_time(tmp_path):
-    import time
-
     report = everything()
     for i in range(50):
         report.add(f"more {i}", *FIGURES)
-    begin = time.perf_counter()
+    begin = time.process_time()
     report.write(tmp_path)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
     assert len(re.findall("<svg", (tmp_path / "report.html").read_text(encoding="utf-8"))) == 51 * len(FIGURES)

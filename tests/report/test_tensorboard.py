@@ -44,9 +44,9 @@ def test_the_image_has_the_drawings_size_and_colours(figure):
 
 
 def test_a_line_is_where_the_svg_has_it():
-    # as in test_figures: (5, 0.5) lies at 203.4, 106, here at twice that
+    # as in test_figures: (5, 0.5) lies at 204, 106, here at twice that
     image = raster(draw(lines("t", "x", "y", {"a": [(0, 0.0), (5, 0.5), (10, 1.0)]})))
-    assert image[212, 407].tolist() == rgb(LIGHT_COLOURS[0]) and image[212, 600].tolist() in (rgb(LIGHT["rule"]), rgb(LIGHT["card"]))
+    assert image[212, 408].tolist() == rgb(LIGHT_COLOURS[0]) and image[212, 600].tolist() in (rgb(LIGHT["rule"]), rgb(LIGHT["card"]))
 
 
 def test_dashes_leave_gaps():
