@@ -24,6 +24,7 @@ _HOME = {
     "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
     "RewardReport": "callbacks",
+    "inspect_response": "inspector",
     "JSONLWriter": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",

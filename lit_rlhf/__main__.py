@@ -12,6 +12,8 @@ APART = {
     "consolidate": "lit_rlhf.consolidate",
     "doctor": "lit_rlhf.doctor.run",
     "frontier": "lit_rlhf.frontier.run",
+    "winrate": "lit_rlhf.winrate.run",
+    "inspect": "lit_rlhf.inspector.run",
     "learning-curve": "lit_rlhf.learning_curve",
 }
 

@@ -32,8 +32,12 @@ def paths(case: Case) -> Finding:
     gaps = {name: float((scores - found[first]).abs().max()) / scale for name, scores in found.items() if name != first}
     note = {name: gaps.pop(name) for name in ("left padded without position ids",) if name in gaps}
     worst = max(gaps, key=lambda name: gaps[name])
-    off = [f"{name} ({gap:.2g})" for name, gap in gaps.items() if not gap <= 0.01]
-    said = f"against {first}: {', '.join(off)}" if off else f"{len(found)} paths differ by at most {gaps[worst]:.1g} standard deviations"
+    off = [f"{name} by {gap:.2g}" for name, gap in gaps.items() if not gap <= 0.01]
+    said = (
+        f"other than {first}: {', '.join(off)} standard deviations"
+        if off
+        else f"{len(found)} paths differ by at most {gaps[worst]:.1g} standard deviations"
+    )
     said += "".join(f"; left padding without position ids would differ by {gap:.2g}" for gap in note.values() if gap > 0.01)
     return judge(
         "paths",

@@ -28,7 +28,7 @@ def accuracy(case: Case) -> Finding:
         "an interval above 0.5",
         fail=found.low <= 0.5,
         warn=found.mean < 0.55,
-        reason="the reward prefers what people reject: its sign is flipped, or chosen and rejected are swapped"
+        reason="the reward prefers what people reject: its sign is flipped, or chosen and rejected are swapped (or its head is new: `head`)"
         if flipped
         else "the reward is at chance, or hardly above it: its head is new or not the trained one, it began from a raw model, or it was "
         "trained on something else",
@@ -50,7 +50,8 @@ def head(case: Case) -> Finding:
     own = (case.pair_scores[0] > case.pair_scores[1]).double()
     probe = _probe((chosen - rejected).cpu(), pairs.rows)
     gain = grouped_mean(probe.double() - own, pairs.rows)
-    flipped = float(own.mean()) < 0.5 and float((case.pair_scores[0] < case.pair_scores[1]).double().mean()) > 0.55
+    turned = (case.pair_scores[0] < case.pair_scores[1]).double()
+    flipped = grouped_mean(probe.double() - turned, pairs.rows).low <= 0.02  # the head turned round is as good as the probe
     return judge(
         "head",
         f"a fresh probe orders {float(probe.double().mean()):.3f}, the head {float(own.mean()):.3f} "

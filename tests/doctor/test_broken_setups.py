@@ -87,7 +87,7 @@ def test_names_the_fault(bench, setup, written):
 
 
 def row(setup, named: Finding, others: list[str]) -> str:
-    measured = re.sub(r"\S*/(\w+\.jsonl)", r"\1", named.measured)
+    measured = re.sub(r"\S*/([\w-]+\.jsonl)", r"\1", named.measured)
     said = f"{measured}; {named.reason}".replace("<eos>", "`<eos>`")
     return f"| {setup.name} | {setup.how} | **{named.name}**: {cell(said)} | {', '.join(others)} |"
 
