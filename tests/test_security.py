@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lit_rlhf.quickstart.chart import Chart, svg
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
@@ -25,7 +26,6 @@ from lit_rlhf.callbacks.sample_table import rich_table
 from lit_rlhf.cli import build, main
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.pretrained import load_tokenizer
-from lit_rlhf.quickstart.chart import Chart, svg
 from lit_rlhf.quickstart.report import page
 from lit_rlhf.scoring import PipelineReward
 

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 from cases import CASES
-
 from lit_rlhf.quickstart.chart import Chart, svg
 
 HERE = Path(__file__).parent

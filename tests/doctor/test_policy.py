@@ -12,10 +12,16 @@ from lit_rlhf.doctor.policy import drift, ends, kl, length, ratio, repetition
 from lit_rlhf.networks import CausalPolicy
 
 
-@pytest.mark.parametrize("check", [kl, ratio, ends, repetition])
+@pytest.mark.parametrize("check", [kl, ratio, repetition])
 def test_passes_on_what_is_whole(case, check):
     found = check(case(temperature=1.0, max_new_tokens=80))
     assert found.status == "pass", found
+
+
+def test_responses_that_mostly_end(case):
+    """EOS is about one in 40 tokens of this untrained policy, so of 80 tokens some 87% hold one: near the border of a warning, no failure."""
+    found = ends(case(temperature=1.0, max_new_tokens=80))
+    assert found.status in ("pass", "warn") and 0.75 < found.numbers["eos_rate"] < 0.97
 
 
 def test_responses_as_long_as_references(case, reference_rows):

@@ -41,8 +41,8 @@ def actors(dirs) -> Actors:
     return Actors(*networks, ScalarModel.load(dirs["value"]).eval(), ModelScorer(ScalarModel.load(dirs["reward"]).eval()))
 
 
-def recomputed(dirs, prompt: str, response: list[int], floor: float | None) -> dict[str, list[float]]:
-    """Every column from transformers' own outputs and loops over the tokens."""
+def recomputed(dirs, prompt: str, response: list[int], floor: float | None, text: str | None = None) -> dict[str, list[float]]:
+    """Every column from transformers' own outputs and loops over the tokens; the score of `text`, where given, tokenised anew."""
     tokenizer = AutoTokenizer.from_pretrained(dirs["policy"])
     start, count = tokenizer(prompt)["input_ids"], len(response)
     ids = torch.tensor([start + response])
@@ -55,7 +55,8 @@ def recomputed(dirs, prompt: str, response: list[int], floor: float | None) -> d
         model = AutoModelForSequenceClassification.from_pretrained(dirs["value"])
         states = model.base_model(ids).last_hidden_state[0, len(start) - 1 : -1]
         out["value"] = model.score(states)[:, 0].tolist()
-        scored = response if response[-1] == tokenizer.eos_token_id else [*response, tokenizer.eos_token_id]
+        read = response if text is None else tokenizer(text)["input_ids"]
+        scored = read if read and read[-1] == tokenizer.eos_token_id else [*read, tokenizer.eos_token_id]
         score = float(AutoModelForSequenceClassification.from_pretrained(dirs["reward"])(torch.tensor([start + scored])).logits)
     out["kl"] = [a - b for a, b in zip(out["logprob"], out["ref_logprob"], strict=True)]
     out["reward"] = [-BETA * kl for kl in out["kl"]]
@@ -98,7 +99,7 @@ def test_numbers_of_a_sampled_response(dirs, actors):
     assert inspect_response(actors, "the dog ran", **setting, seed=3) == found
     assert inspect_response(actors, "the dog ran", **setting, seed=4).tokens != found.tokens
     assert found.shaped_score == (found.score if found.finished else -1.0)
-    true = recomputed(dirs, "the dog ran", found.ids, None if found.finished else -1.0)
+    true = recomputed(dirs, "the dog ran", found.ids, None if found.finished else -1.0, found.response)
     assert found.score == pytest.approx(true["score"], abs=1e-4)
     for name, values in shown(fragment(found)).items():
         assert values == pytest.approx(true[name], abs=2e-4), name

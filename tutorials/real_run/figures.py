@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.quickstart.chart import Chart, svg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.quickstart.chart import Chart, svg
 
 HERE = Path(__file__).parent
 STYLE = (
