@@ -174,13 +174,14 @@ def section(record: Mapping[str, Any]) -> str:
     trl = {run[0]["versions"]["trl"] for run in runs.values() if "trl" in run[0]["versions"]}
     one = next(iter(runs.values()))[0]["versions"]
     gc = max((row["base_gc_seconds"] for row in record["summary"]["ratios"]), default=0.0)
-    turns = min(len(found) for found in runs.values())
+    turns = min(len(found) for name, found in runs.items() if not name.startswith("growth"))
+    others = max(turn["others_cpu"] or 0.0 for found in runs.values() for turn in found)
     intro = (
         f"{on['cpu']}, {on['threads']} threads, {on['memory_gib']} GiB; torch {one['torch']}, transformers {one['transformers']}; "
         f"{on['date']}. TRL {' and '.join(sorted(trl, reverse=True))} (1.12.0 is the last with PPO). A Llama of "
         f"{model['parameters'] / 1e6:.1f}M weights (random, float32; vocabulary {model['vocabulary']:,}); the same weights, rows, batches, "
-        f"AdamW, dtype and threads on both sides, each process alone on the machine, in turns; {turns} turns. TRL without "
-        f"gradient checkpointing; its `gc.collect` took at most {gc:.2f} s of a step."
+        f"AdamW, dtype and threads on both sides, one process at a time, in turns; {turns} turns. Others took at most "
+        f"{others:.2f} processor seconds a second. TRL without gradient checkpointing; its `gc.collect` took at most {gc:.2f} s of a step."
     )
     parts = [intro, markdown_table(ratio_rows(record)), markdown_table(detail_rows(record)), markdown_table(growth_rows(record))]
     return "\n\n".join([BEGIN, *parts, END])

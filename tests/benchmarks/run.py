@@ -23,6 +23,7 @@ from report import machine, summary, terminal_table, write_chart
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+OTHERS = 0.1  # processor seconds a second
 
 
 def options() -> argparse.Namespace:
@@ -88,9 +89,17 @@ class Bench:
         return out
 
     def measure(self, run: Run, turn: int) -> dict[str, Any]:
-        found = json.loads(self.start(f"{run.name}-{turn}.json", run.side, run.arguments(), self.args.wrap).read_text())
-        print(f"    {found['units_per_second']:.3f} a second, peak {found['peak_mib']} MiB", flush=True)
-        return found  # type: ignore[no-any-return]
+        """One turn's figures; measured again, twice at most, where other processes took part of the machine."""
+        name = f"{run.name}-{turn}.json"
+        for again in (True, True, False):
+            found: dict[str, Any] = json.loads(self.start(name, run.side, run.arguments(), self.args.wrap).read_text())
+            print(f"    {found['units_per_second']:.3f} a second, peak {found['peak_mib']} MiB", flush=True)
+            if (found["others_cpu"] or 0.0) <= OTHERS:
+                break
+            print(f"    other processes took {found['others_cpu']} processor seconds a second meanwhile", flush=True)
+            if again:
+                (self.results / name).unlink()
+        return found
 
     def check(self, cases: list[str]) -> dict[str, Any]:
         """Equal work, before any timing."""
