@@ -14,14 +14,16 @@ from statistics import median
 from typing import Any
 
 from cases import CASES
-from lit_rlhf.quickstart.chart import Chart, svg
+
+from lit_rlhf.report.figures import Plot, Series
+from lit_rlhf.report.svg import svg
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: written by tests/benchmarks/report.py -->", "<!-- end of benchmarks -->"
 Turns = Mapping[str, Sequence[Mapping[str, Any]]]
 STYLE = """<style>text{font:11px sans-serif;fill:#444}.title{font-weight:bold}.tick{font-size:10px}.grid{stroke:#ddd}
-.line0,.line1{fill:none;stroke:#2563a8;stroke-width:2}.fill0{fill:#2563a8}</style>"""
+.line0{fill:none;stroke:#2563a8;stroke-width:2}.dot0{fill:#2563a8}</style>"""
 
 
 def machine(threads: int, wrap: str) -> dict[str, Any]:
@@ -98,15 +100,20 @@ def growth(turns: Turns) -> dict[str, list[tuple[int, float, float]]]:
 
 def write_chart(record: Mapping[str, Any], path: Path) -> None:
     """Both lines of the cost of growing, side by side in one SVG file."""
-    found, y = record["summary"]["growth"], "seconds a response"
+    found = record["summary"]["growth"]
     panels = (
         ("prompt_tokens", "32 prompts, 1 response each", "prompt tokens"),
         ("responses_per_prompt", "32 responses, prompts of 256", "responses per prompt"),
     )
-    charts = [Chart(title, x, y, {"ours": [point[:2] for point in found[key]]}, level=("", 0.0)) for key, title, x in panels]
-    parts = [svg(chart).replace("<svg ", f'<svg x="{360 * i}" y="0" width="360" height="220" ', 1) for i, chart in enumerate(charts)]
-    frame = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="220" viewBox="0 0 720 220">'
-    path.write_text(f'{frame}{STYLE}<rect width="720" height="220" fill="white"/>{"".join(parts)}</svg>\n')
+    drawn = [_panel(title, x, found[key]) for key, title, x in panels if found[key]]
+    parts = [figure.replace("<svg ", f'<svg x="{380 * i}" y="0" width="380" height="218" ', 1) for i, figure in enumerate(drawn)]
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="218" viewBox="0 0 760 218">'
+    path.write_text(f'{frame}{STYLE}<rect width="760" height="218" fill="white"/>{"".join(parts)}</svg>\n')
+
+
+def _panel(title: str, x: str, points: Sequence[Sequence[float]]) -> str:
+    series = Series("ours", [p[0] for p in points], [p[1] for p in points])
+    return svg(Plot(title, x, "seconds a response", [series], x_log=True, y_range=(0.0, 0.0)))
 
 
 def ratio_rows(record: Mapping[str, Any]) -> list[list[str]]:
@@ -183,7 +190,10 @@ def section(record: Mapping[str, Any]) -> str:
         f"AdamW, dtype and threads on both sides, one process at a time, in turns; {turns} turns. Others took at most "
         f"{others:.2f} processor seconds a second. TRL without gradient checkpointing; its `gc.collect` took at most {gc:.2f} s of a step."
     )
-    parts = [intro, markdown_table(ratio_rows(record)), markdown_table(detail_rows(record)), markdown_table(growth_rows(record))]
+    parts = [intro, markdown_table(ratio_rows(record)), markdown_table(detail_rows(record))]
+    parts += [markdown_table(growth_rows(record))] if any(record["summary"]["growth"].values()) else []
+    if any(record["summary"]["growth"].values()):
+        parts.append("![seconds a response, by prompt length and responses per prompt](tests/benchmarks/growth.svg)")
     return "\n\n".join([BEGIN, *parts, END])
 
 
