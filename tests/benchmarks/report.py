@@ -14,14 +14,15 @@ from statistics import median
 from typing import Any
 
 from cases import CASES
-from lit_rlhf.quickstart.chart import Chart, svg
+
+from lit_rlhf.report import Plot, Series
+from lit_rlhf.report.style import STYLE
+from lit_rlhf.report.svg import svg
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: written by tests/benchmarks/report.py -->", "<!-- end of benchmarks -->"
 Turns = Mapping[str, Sequence[Mapping[str, Any]]]
-STYLE = """<style>text{font:11px sans-serif;fill:#444}.title{font-weight:bold}.tick{font-size:10px}.grid{stroke:#ddd}
-.line0,.line1{fill:none;stroke:#2563a8;stroke-width:2}.fill0{fill:#2563a8}</style>"""
 
 
 def machine(threads: int, wrap: str) -> dict[str, Any]:
@@ -103,10 +104,11 @@ def write_chart(record: Mapping[str, Any], path: Path) -> None:
         ("prompt_tokens", "32 prompts, 1 response each", "prompt tokens"),
         ("responses_per_prompt", "32 responses, prompts of 256", "responses per prompt"),
     )
-    charts = [Chart(title, x, y, {"ours": [point[:2] for point in found[key]]}, level=("", 0.0)) for key, title, x in panels]
+    columns = {key: list(zip(*found[key], strict=True)) for key, _, _ in panels}
+    charts = [Plot(title, x, y, [Series("ours", *columns[key][:2])], y_range=(0, 0)) for key, title, x in panels]
     parts = [svg(chart).replace("<svg ", f'<svg x="{360 * i}" y="0" width="360" height="220" ', 1) for i, chart in enumerate(charts)]
     frame = '<svg xmlns="http://www.w3.org/2000/svg" width="720" height="220" viewBox="0 0 720 220">'
-    path.write_text(f'{frame}{STYLE}<rect width="720" height="220" fill="white"/>{"".join(parts)}</svg>\n')
+    path.write_text(f'{frame}<style>{STYLE}</style><rect width="720" height="220" fill="var(--page)"/>{"".join(parts)}</svg>\n')
 
 
 def ratio_rows(record: Mapping[str, Any]) -> list[list[str]]:
