@@ -16,7 +16,7 @@ SUFFIX = ".report"  # of the event files that `publish` writes
 
 
 def publish(report: Report, folder: Path) -> Path:
-    """Writes report.html, report.json and the report's TensorBoard events into `folder`, in place of older ones; returns the page's path."""
+    """Writes report.html, report.json and TensorBoard events into `folder`, in place of older ones; returns the page's path."""
     path = report.write(folder)
     for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
         old.unlink()
