@@ -30,6 +30,7 @@ from lit_rlhf.modules import PairwiseReward
 from lit_rlhf.report import Plot, Report, Series, Text
 from lit_rlhf.report import Table as ReportTable
 from lit_rlhf.report.reward import ScoredPairs, numbers
+from lit_rlhf.report.tensorboard import publish
 
 SIZES = 6  # of the curve where none are given: all rows, a half, a quarter, …
 WORKER = "worker"
@@ -122,8 +123,7 @@ def learning_curve(args: Sequence[str], sizes: Sequence[int] | None = None, out:
         points.append(train(args, np.sort(order[:size])))
         found = points[-1].scored.accuracy()
         print(f"accuracy {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}), {points[-1].seconds:.0f} s", flush=True)
-    report = make_report(points, labels, held)
-    return report.write(out or Path(built.trainer.default_root_dir) / "learning_curve")
+    return publish(make_report(points, labels, held), out or Path(built.trainer.default_root_dir) / "learning_curve")
 
 
 def build(args: Sequence[str]) -> cli.CLI:

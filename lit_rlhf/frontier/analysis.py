@@ -47,6 +47,11 @@ def scales(samples: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Scale]
     return {name: Scale(float(x.mean()), max(float(x.std(unbiased=False)), 1e-9)) for name, x in tensors.items()}
 
 
+def own_scales(points: Sequence[Point]) -> dict[str, Scale]:
+    """Of a run whose policy or reward is not that of the others: over its own first point, SFT before the first iteration."""
+    return scales({name: [getattr(points[0], name)] for name in REWARDS if getattr(points[0], name)})
+
+
 def best_of_n_marks(samples: Mapping[str, Sequence[Sequence[float]]], scale: Mapping[str, Scale]) -> list[Mark]:
     """Best-of-n for n = 1, 2, 4, … up to all samples, chosen by the proxy."""
     proxy = torch.tensor(samples["proxy"], dtype=torch.double)

@@ -27,15 +27,15 @@ def report(
         "laws": {form: {reward: law._asdict() for reward, law in found.items()} for form, found in fits.items()},
         "partings": [asdict(p) for p in partings],
     }
-    figures = [_plot("PPO", marks, fits.get("rl", {})), _plot("Best-of-n from SFT", best_of, fits.get("best_of_n", {}))]
-    page.add("Over-optimisation", *figures, *([_both(marks, best_of)] if any("gold" in m.gains for m in marks) else []), _laws(fits))
+    figures = [picture("PPO", marks, fits.get("rl", {})), picture("Best-of-n from SFT", best_of, fits.get("best_of_n", {}))]
+    page.add("Over-optimisation", *figures, *([both(marks, best_of)] if any("gold" in m.gains for m in marks) else []), _laws(fits))
     if partings:
         page.add("Where proxy and gold part", _partings(partings))
     page.add("All points", _points([*marks, *best_of]))
     return page
 
 
-def _plot(title: str, marks: Sequence[Mark], fits: Mapping[str, Law]) -> Plot:
+def picture(title: str, marks: Sequence[Mark], fits: Mapping[str, Law]) -> Plot:
     """Points with whiskers and the fitted laws."""
     series = []
     for reward in REWARDS:
@@ -53,7 +53,7 @@ def _plot(title: str, marks: Sequence[Mark], fits: Mapping[str, Law]) -> Plot:
     return Plot(title, "sqrt(KL) (nats^½)", "gain (SD of SFT samples)", series)
 
 
-def _both(marks: Sequence[Mark], best_of: Sequence[Mark]) -> Plot:
+def both(marks: Sequence[Mark], best_of: Sequence[Mark], title: str = "Gold reward of both") -> Plot:
     """The gold reward of both."""
     series = []
     for name, part in (("PPO", marks), ("best-of-n", best_of)):
@@ -63,7 +63,7 @@ def _both(marks: Sequence[Mark], best_of: Sequence[Mark]) -> Plot:
         series.append(
             Series(name, [m.distance for m in known], [g.mean for g in golds], [g.low for g in golds], [g.high for g in golds], kind)
         )
-    return Plot("Gold reward of both", "sqrt(KL) (nats^½)", "gold gain (SD of SFT samples)", series)
+    return Plot(title, "sqrt(KL) (nats^½)", "gold gain (SD of SFT samples)", series)
 
 
 def _laws(fits: Mapping[str, Mapping[str, Law]]) -> Table:

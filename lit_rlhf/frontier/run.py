@@ -13,7 +13,7 @@ import lit_rlhf.modules
 from lit_rlhf import cli
 from lit_rlhf.cli_errors import one_line, parameter_names
 from lit_rlhf.frontier import runs
-from lit_rlhf.frontier.analysis import best_of_n_marks, laws, parting, run_marks, scales
+from lit_rlhf.frontier.analysis import best_of_n_marks, laws, own_scales, parting, run_marks, scales
 from lit_rlhf.frontier.points import read_points
 from lit_rlhf.frontier.report import as_text, report
 from lit_rlhf.frontier.sweep import Setting, settings
@@ -92,10 +92,11 @@ def finish(found: Sequence[Setting], options: Any, rest: Sequence[str]) -> str:
     samples = runs.best_of_n(rest, options.out / "best_of_n", options.gold, options.best_of)
     scale = scales(samples)
     points = {s.name: read_points(options.out / s.folder / "points.jsonl") for s in found}
-    marks = {name: run_marks(name, known, scale) for name, known in points.items()}
+    zero = {s.name: own_scales(points[s.name]) if s.own_start else scale for s in found}
+    marks = {name: run_marks(name, known, zero[name]) for name, known in points.items()}
     chosen = best_of_n_marks(samples, scale)
     fits = {"rl": laws([m for run in marks.values() for m in run], "rl"), "best_of_n": laws(chosen, "best_of_n")}
-    partings = [p for name, known in points.items() if (p := parting(name, known, scale)) is not None]
+    partings = [p for name, known in points.items() if (p := parting(name, known, zero[name])) is not None]
     page = report(f"lit-rlhf frontier: {', '.join(options.sweep) or 'one run'}", marks, chosen, fits, partings).write(options.out)
     picks = [f"{options.out / s.folder / 'best'}: {s.name}, what {'gold' if options.gold else 'the proxy'} likes best" for s in found]
     return "\n".join([as_text(partings, fits, marks), *picks, str(page)])

@@ -25,6 +25,11 @@ class Setting:
         return re.sub(r"[^\w.=+-]+", "_", self.name)
 
     @property
+    def own_start(self) -> bool:
+        """Whether its policy or reward differs from that of the other settings, so that it has a zero of its own."""
+        return any(option(key) in ("model.model", "model.reward_model", "model.reward_fn") for key, _ in self.values)
+
+    @property
     def args(self) -> list[str]:
         """Options of `lit-rlhf fit`."""
         return [f"--{option(key)}={value}" for key, value in self.values]

@@ -1,4 +1,4 @@
-"""The page's style sheet: one for light and dark, and for paper."""
+"""Style sheets of the page and of a figure by itself: each for light, dark and paper."""
 
 LIGHT = {"text": "#1b1f24", "soft": "#5b6470", "rule": "#d9dee5", "page": "#ffffff", "card": "#f5f7fa", "good": "#1f7a3d", "bad": "#b3261e"}
 DARK = {"text": "#e6e9ee", "soft": "#9aa4b2", "rule": "#343b46", "page": "#14171c", "card": "#1d2128", "good": "#6cc98b", "bad": "#ff8a80"}
@@ -22,13 +22,16 @@ def _series() -> str:
     return "\n".join(rules) + "\n.column0 + .whisker0 { stroke: var(--text); }"
 
 
-STYLE = (
-    f"""
-:root {{ color-scheme: light dark; {_variables(LIGHT, LIGHT_COLOURS)} }}
+PALETTE = f""":root {{ color-scheme: light dark; {_variables(LIGHT, LIGHT_COLOURS)} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK, DARK_COLOURS)} }} }}
 """
-    + """
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1180px; margin: 2rem auto;
+MARKS = """svg text { font-family: inherit; fill: var(--text); } svg .title { font-size: 12px; font-weight: 600; }
+svg .tick { font-size: 10px; fill: var(--soft); } svg .label { font-size: 10.5px; fill: var(--soft); }
+svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+svg polyline { fill: none; stroke-linejoin: round; } svg .grid { stroke: var(--rule); }
+svg .level { stroke: var(--soft); stroke-dasharray: 2 3; }
+"""
+BODY = """body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1180px; margin: 2rem auto;
   padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; } p { max-width: 75ch; } .soft, figcaption { color: var(--soft); }
@@ -41,11 +44,6 @@ th.words, td.words { text-align: left; } td.long { white-space: pre-wrap; min-wi
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem; margin: .8rem 0; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 8px; } figure svg { width: 100%; display: block; }
 figcaption { font-size: .82rem; line-height: 1.4; padding: .2rem .3rem 0; }
-svg text { font-family: inherit; fill: var(--text); } svg .title { font-size: 12px; font-weight: 600; }
-svg .tick { font-size: 10px; fill: var(--soft); } svg .label { font-size: 10.5px; fill: var(--soft); }
-svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
-svg polyline { fill: none; stroke-linejoin: round; } svg .grid { stroke: var(--rule); }
-svg .level { stroke: var(--soft); stroke-dasharray: 2 3; }
 article { background: var(--card); border-radius: 8px; padding: .8rem 1rem; margin: .8rem 0; break-inside: avoid; }
 article p { margin: .2rem 0 .6rem; max-width: none; white-space: pre-wrap; overflow-wrap: anywhere; }
 article dl { display: grid; grid-template-columns: minmax(4rem, max-content) minmax(3.4rem, max-content) 1fr; gap: .15rem .6rem;
@@ -54,5 +52,5 @@ article dt { color: var(--soft); } article dd { margin: 0; overflow-wrap: anywhe
 article dd.number { text-align: right; font-variant-numeric: tabular-nums; }
 @media (max-width: 700px) { body { margin: 1rem auto; } .figures { grid-template-columns: 1fr; } }
 """
-    + _series()
-)
+STYLE = PALETTE + BODY + MARKS + _series()
+FIGURE_STYLE = PALETTE + "svg { background: var(--card); font-family: system-ui, sans-serif; }\n" + MARKS + _series()

@@ -2,18 +2,26 @@
 
 from html import escape
 
-from lit_rlhf.report.draw import Drawing, Mark, draw
+from lit_rlhf.report.draw import WIDTH, Drawing, Mark, draw
 from lit_rlhf.report.figures import Bars, Plot, has_points
+from lit_rlhf.report.style import FIGURE_STYLE
 from lit_rlhf.report.text import visible
 
 
-def svg(figure: Plot | Bars) -> str:
-    """The figure as one <svg> element, or "" where it has nothing to draw."""
+def svg(figure: Plot | Bars, margin: float = 0) -> str:
+    """The figure as one <svg> element with so many pixels around it, or "" where it has nothing to draw."""
     if not has_points(figure):
         return ""
     drawing: Drawing = draw(figure)
     label = f'role="img" aria-label="{escape(visible(drawing.title))}"'
-    return f'<svg viewBox="0 0 {drawing.width:g} {drawing.height:g}" {label}>{"".join(map(_element, drawing.marks))}</svg>'
+    box = f"{-margin:g} {-margin:g} {drawing.width + 2 * margin:g} {drawing.height + 2 * margin:g}"
+    return f'<svg viewBox="{box}" {label}>{"".join(map(_element, drawing.marks))}</svg>'
+
+
+def standalone(figure: Plot | Bars) -> str:
+    """The figure as an SVG file for a Markdown page, with its own colours for light and dark."""
+    drawn = svg(figure, margin=8).replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" ', 1)
+    return drawn.replace(">", f"><style>{FIGURE_STYLE}</style>", 1)
 
 
 def _element(mark: Mark) -> str:

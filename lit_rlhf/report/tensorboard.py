@@ -4,12 +4,25 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_rlhf.report.draw import draw
 from lit_rlhf.report.figures import Bars, Plot, has_points
 from lit_rlhf.report.page import Report, Table, Text, cell, digits_of
 from lit_rlhf.report.raster import raster
 from lit_rlhf.report.text import as_markdown
+
+SUFFIX = ".report"  # of the event files that `publish` writes
+
+
+def publish(report: Report, folder: Path) -> Path:
+    """Writes report.html, report.json and TensorBoard events into `folder`, in place of older ones; returns the page's path."""
+    path = report.write(folder)
+    for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
+        old.unlink()
+    with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
+        add_report(writer, report, 0)
+    return path
 
 
 def add_report(writer: Any, report: Report, step: int) -> None:

@@ -19,7 +19,7 @@ def test_passes_on_what_is_whole(case, check):
 
 
 def test_responses_that_mostly_end(case):
-    """EOS is about one in 40 tokens of this untrained policy, so of 80 tokens some 87% hold one: near the border of a warning, no failure."""
+    """EOS is about one in 40 tokens of this untrained policy, so some 87% of 80 tokens hold one: no failure."""
     found = ends(case(temperature=1.0, max_new_tokens=80))
     assert found.status in ("pass", "warn") and 0.75 < found.numbers["eos_rate"] < 0.97
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lit_rlhf.frontier.analysis import Scale, best_of_n_marks, laws, parting, run_marks, scales
+from lit_rlhf.frontier.analysis import Scale, best_of_n_marks, laws, own_scales, parting, run_marks, scales
 from lit_rlhf.frontier.points import Point, read_points
 from lit_rlhf.frontier.report import as_text, report
 
@@ -15,6 +15,11 @@ def test_zero_and_unit_are_those_of_all_samples():
     found = scales(SAMPLES)
     # proxy 0 2 1 3: mean 1.5, variance (2.25 + .25 + .25 + 2.25) / 4; gold 5 1 0 6: mean 3, variance (4 + 4 + 9 + 9) / 4
     assert found["proxy"] == Scale(1.5, pytest.approx(math.sqrt(1.25))) and found["gold"] == Scale(3.0, pytest.approx(math.sqrt(6.5)))
+
+
+def test_a_zero_of_its_own():
+    found = own_scales([Point(0, [0.0] * 2, [1.0, 3.0]), Point(1, [1.0] * 2, [9.0, 9.0])])
+    assert found == {"proxy": Scale(2.0, 1.0)}
 
 
 def test_best_of_n_is_chosen_by_the_proxy():

@@ -12,6 +12,11 @@ def test_all_combinations():
     assert [s.folder for s in settings(["model=a/b,c d"])] == ["model=a_b", "model=c_d"]
 
 
+def test_which_have_a_start_of_their_own():
+    found = settings(["model=a,b", "kl_coef=0"]) + settings(["model.reward_model=a"]) + settings(["kl_coef=0", "lr=1"]) + settings([])
+    assert [s.own_start for s in found] == [True, True, True, False, False]
+
+
 def test_no_sweep_is_one_setting():
     (only,) = settings([])
     assert (only.name, only.folder, only.args) == ("as configured", "as_configured", [])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from xml.etree import ElementTree
 
 import pytest
 from report_pages import BAND, EMPTY, EVIL, FIGURES, RELIABILITY
@@ -9,7 +10,7 @@ from report_pages import BAND, EMPTY, EVIL, FIGURES, RELIABILITY
 from lit_rlhf.report import Bars, Plot, Series, histogram, lines, smoothed
 from lit_rlhf.report.draw import draw, log_ticks, number, ticks
 from lit_rlhf.report.figures import has_points
-from lit_rlhf.report.svg import svg
+from lit_rlhf.report.svg import standalone, svg
 
 
 def test_ticks_by_hand():
@@ -114,3 +115,12 @@ def test_lengths_that_do_not_fit_are_refused(make, said):
 
 def test_evil_names_do_not_get_out():
     assert "<script" not in svg(lines(EVIL, EVIL, EVIL, {EVIL: [(0, 1.0), (1, 2.0)], "b": [(0, 1.0)]}, levels={EVIL: 1.0}))
+
+
+def test_a_figure_by_itself_is_a_whole_svg_file():
+    text = standalone(BAND)
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.attrib["width"] == "380"
+    assert "prefers-color-scheme: dark" in text and text.count("<style>") == 1
+    used = set(re.findall(r'class="([^"]+)"', text))
+    assert all(f".{name.split()[0]}" in text for name in used)

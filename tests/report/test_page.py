@@ -4,6 +4,7 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,12 @@ def test_the_report_is_made_in_no_time(tmp_path):
     report.write(tmp_path)
     assert time.process_time() - begin < 10
     assert len(re.findall("<svg", (tmp_path / "report.html").read_text(encoding="utf-8"))) == 51 * len(FIGURES)
+
+
+def test_the_documented_report_is_made(tmp_path, monkeypatch):
+    """The last Python block of tutorials/reports.md."""
+    text = (Path(__file__).parents[2] / "tutorials" / "reports.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1], {})
+    html = (tmp_path / "runs" / "sweep" / "report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 1 and ">0.000001<" in html

@@ -13,7 +13,7 @@ from lit_rlhf.report import Plot, Series, lines
 from lit_rlhf.report.draw import draw
 from lit_rlhf.report.raster import raster
 from lit_rlhf.report.style import LIGHT, LIGHT_COLOURS
-from lit_rlhf.report.tensorboard import add_report, read_curves
+from lit_rlhf.report.tensorboard import add_report, publish, read_curves
 
 
 def rgb(colour: str) -> list[int]:
@@ -65,3 +65,13 @@ def test_curves_are_read_back(tmp_path):
     writer.close()
     assert read_curves(tmp_path) == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
     assert read_curves(tmp_path / "none") == {}
+
+
+def test_publishing_twice_leaves_one_event_file(tmp_path):
+    (tmp_path / "events.out.tfevents.1.of_another_run").write_bytes(b"")
+    for _ in range(2):
+        assert publish(everything(), tmp_path) == tmp_path / "report.html"
+    assert len(list(tmp_path.glob("events.*.report"))) == 1 and len(list(tmp_path.glob("events.*"))) == 2
+    events = EventAccumulator(str(next(tmp_path.glob("events.*.report"))))
+    events.Reload()
+    assert len(events.Tags()["images"]) == len(FIGURES)
