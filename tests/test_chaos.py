@@ -17,5 +17,5 @@ def test_killed_four_times(tmp_path, monkeypatch):
     assert quickstart(tmp_path, 0, FEW, SHORT) == 0
     found = chaos(tmp_path, 4, 12)
     print(f"\n{found}")
-    assert found["kills"] == 4 and found["in_save"] == 2
+    assert found["kills"] == 4 and found["in_save"] >= 2  # two are aimed at a save, and others may meet one
     assert found["resumed_where_the_last_file_stood"] == 4 and found["weights_equal"]
