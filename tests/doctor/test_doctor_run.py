@@ -30,7 +30,7 @@ def test_what_fails_exits_with_1_and_says_why_and_what_to_do(command, capsys, tm
     assert main([*command, "--only", "merged", "drift", "--out", str(tmp_path / "report")]) == 1
     said = capsys.readouterr().out
     assert "FAIL  merged" in said and "why: the adapter (LoRA) is not merged" in said and "do: merge it" in said
-    assert "skip  drift   no --policy was given" in said and "1 failed, 1 skipped" in said and said.count("merged\n") == 1
+    assert "skip  drift   no --policy was given" in said and "1 failed, 1 skipped" in said
     found = json.loads((tmp_path / "report/report.json").read_text())["findings"]
     assert [(f["name"], f["status"]) for f in found] == [("merged", "fail"), ("drift", "skip")]
     assert main([*command, "--only", "merged", "--allow", "merged"]) == 0
