@@ -117,12 +117,18 @@ def main(folders: list[str]) -> None:
     files = [draw(report, seed) for seed, report in enumerate(kept)]
     replace("drawings", "\n".join(" ".join(f"![{f}](frontier/{f})" for f in row) for row in files))
     head = "seed | setting | gold picks iteration (KL) | gold gain there | parted at iteration (KL) | proxy gained after | gold lost after"
-    replace("partings", table(head, [row for seed, r in enumerate(kept) for row in parting_rows(r, seed)]))
+    replace(
+        "partings",
+        "Where proxy and gold part (512 held-out posts; gains in standard deviations):\n\n"
+        + table(head, [row for seed, r in enumerate(kept) for row in parting_rows(r, seed)]),
+    )
     replace(
         "laws", table("seed | of | reward | a | b | RMS error | peak", [row for seed, r in enumerate(kept) for row in law_rows(r, seed)])
     )
     head = "seed | of | best by gold | KL (nats) | gold gain | proxy gain"
-    replace("best", table(head, [row for seed, r in enumerate(kept) for row in best_rows(r, seed)]))
+    replace(
+        "best", "The best that each can do, by gold:\n\n" + table(head, [row for seed, r in enumerate(kept) for row in best_rows(r, seed)])
+    )
 
 
 def rounded(value: Any) -> Any:
