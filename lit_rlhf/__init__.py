@@ -23,6 +23,8 @@ _HOME = {
     "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
     "JSONLWriter": "callbacks",
+    "Throughput": "callbacks",
+    "Profile": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",
 }

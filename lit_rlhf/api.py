@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from transformers import Pipeline
 
+from lit_rlhf.callbacks import Throughput
 from lit_rlhf.data import PromptDataModule
 from lit_rlhf.modules import PPO
 from lit_rlhf.scoring import accepted_columns
@@ -37,7 +38,7 @@ def train(
     """
     module = PPO(model, reward_fn=with_samples(reward_fn), **(settings or {}))
     data = PromptDataModule(as_rows(prompts), val_data=as_rows(eval_prompts))
-    trainer = trainer or L.Trainer(max_epochs=iterations, log_every_n_steps=module.steps_per_iteration)
+    trainer = trainer or L.Trainer(max_epochs=iterations, log_every_n_steps=module.steps_per_iteration, callbacks=[Throughput()])
     trainer.fit(module, datamodule=data)
     return module
 

@@ -10,7 +10,8 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional", "attention"},
-    {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"},
+    {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"}
+    | {"perf"},
     {"decoding", "generation", "scoring", "data"},
     {"rollout", "checkpoints"},
     {"modules", "callbacks", "quickstart"},

@@ -206,8 +206,8 @@ def test_exit_codes_and_what_to_change(planned, config, capsys):
     assert "What fits: no overlay on 1 device with --trainer.accumulate_grad_batches 2." in text
     assert main(["plan", *args, "--device_memory=1kB"]) == 1
     assert "use LoRA" in capsys.readouterr().out
-    one = ["--config", config("sft", data={"batch_size": 1, "val_batch_size": 1}), "--flops=1e9", "--accelerator=cpu", "--reserve=0"]
-    one += ["--prompt_tokens=600", "--response_tokens=4"]  # a micro-batch cannot be smaller
+    wide = config("reward", data={"batch_size": 1, "val_batch_size": 1})  # of which a micro-batch cannot be smaller
+    one = ["--config", wide, "--flops=1e9", "--accelerator=cpu", "--reserve=0", "--prompt_tokens=600", "--response_tokens=4"]
     main(["plan", *one, "--json"])
     assert main(["plan", *one, f"--device_memory={json.loads(capsys.readouterr().out)['asked']['lasting'] + 1000}"]) == 1
     assert "Use --model.activation_checkpointing true" in capsys.readouterr().out
