@@ -16,7 +16,7 @@ class Profile(Callback):
     """Records `steps` optimiser steps after the first `skip`, on rank 0; of PPO whole iterations, rollouts included.
 
     What happens between steps (data, validation, checkpoints) is in it. Writes `trace.json.gz` (open it at https://ui.perfetto.dev) and
-    `table.txt`, the operators that took most time of their own. With `Throughput`, which the command line adds, the phases stand in the
+    `table.txt`, the operators that took most time of their own. With `Throughput` the phases stand in the
     trace as spans: sampling, scoring, update.
 
     Args:

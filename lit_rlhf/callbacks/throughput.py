@@ -15,7 +15,7 @@ class Throughput(Callback):
     """Logs `perf/…`: seconds, tokens a second, padding, operations a second, MFU and peak memory (tutorials/metrics.md).
 
     Once an iteration for a module that has iterations (PPO), else the means of each `log_every_n_steps` optimiser steps. All figures are of
-    rank 0 and its device, so that no rank waits for another because of them. The latest stand in `last`. The command line adds it to a fit.
+    rank 0 and its device, so that no rank waits for another because of them. The latest stand in `last`.
     """
 
     def __init__(self) -> None:
