@@ -2,6 +2,7 @@
 #   make quickstart   install, then run SFT, reward model and PPO on a small made-up world: runs/quickstart/report.html
 #   make test         install, then the fast tests (under 10 minutes on 2 cores)
 #   make test-slow    the tests that train for minutes
+#   make bench        TRL beside ours on the same work: a table, .bench/benchmarks.json (an hour; needs DATA=folder, see README)
 #   make lint         ruff and mypy
 #   make audit        a note on known vulnerabilities of the pinned dependencies (pip-audit); it never fails
 # On a machine with a GPU choose the build of PyTorch yourself:  make TORCH='torch==2.13.0 --index-url URL' quickstart
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.lit-rlhf-installed
 # More threads than cores slow small models down; nothing is fetched from the hub.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-slow lint audit format clean
+.PHONY: install quickstart test test-slow bench lint audit format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -43,6 +44,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m slow $(ARGS)
 
+# TRL's two versions go into environments of their own in .bench/, made once.
+DATA ?= ../shared/data
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py --torch '$(TORCH)' --data $(DATA) $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +64,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) $(VENV)-audit .bench .pytest_cache .mypy_cache .ruff_cache dist

@@ -12,6 +12,7 @@ _HOME = {
     "SFT": "modules",
     "PairwiseReward": "modules",
     "PPO": "modules",
+    "BestOfN": "modules",
     "SFTDataModule": "data",
     "PairwiseDataModule": "data",
     "PromptDataModule": "data",
@@ -22,11 +23,14 @@ _HOME = {
     "CheckpointGuard": "callbacks",
     "AtomicCheckpointIO": "checkpoint_io",
     "SampleTable": "callbacks",
+    "RewardReport": "callbacks",
+    "inspect_response": "inspector",
     "JSONLWriter": "callbacks",
     "Throughput": "callbacks",
     "Profile": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",
+    "best_of_n": "best_of",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 

@@ -1,4 +1,4 @@
-"""`lit-rlhf` and `python -m lit_rlhf`: the commands that stand apart (quickstart, plan, consolidate), or the command line itself."""
+"""`lit-rlhf` and `python -m lit_rlhf`: the commands that stand apart (`APART`), or the command line itself."""
 
 import importlib
 import sys
@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from lit_rlhf import cli
 
-APART = {"quickstart": "lit_rlhf.quickstart.run", "plan": "lit_rlhf.planning.run", "consolidate": "lit_rlhf.consolidate"}
+APART = {
+    "quickstart": "lit_rlhf.quickstart.run",
+    "plan": "lit_rlhf.planning.run",
+    "consolidate": "lit_rlhf.consolidate",
+    "doctor": "lit_rlhf.doctor.run",
+    "frontier": "lit_rlhf.frontier.run",
+    "winrate": "lit_rlhf.winrate.run",
+    "inspect": "lit_rlhf.inspector.run",
+    "learning-curve": "lit_rlhf.learning_curve",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

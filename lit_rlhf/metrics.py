@@ -4,7 +4,7 @@ import json
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
@@ -144,3 +144,18 @@ class PairAccuracy(Metric):
             result[f"accuracy/{name}"] = torch.tensor(hits[name] / sizes[name], device=self.device)
             result[f"pairs/{name}"] = torch.tensor(sizes[name], device=self.device)
         return result
+
+
+def group_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that can group an accuracy: short strings, numbers and booleans, not the texts."""
+    groups = {}
+    for name, values in columns.items():
+        known = [v for v in values if v is not None]
+        if name in TEXTS or not known:
+            continue
+        if all(isinstance(v, bool | int) or (isinstance(v, str) and len(v) <= 40) for v in known):
+            groups[name] = values
+    return groups
+
+
+TEXTS = {"prompt", "reference", "chosen", "rejected", "post", "title", "summary", "label", "completion", "id", "info", "note", "messages"}

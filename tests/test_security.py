@@ -25,8 +25,9 @@ from lit_rlhf.callbacks.sample_table import rich_table
 from lit_rlhf.cli import build, main
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.pretrained import load_tokenizer
-from lit_rlhf.quickstart.chart import Chart, svg
-from lit_rlhf.quickstart.report import page
+from lit_rlhf.quickstart.report import make_report
+from lit_rlhf.report import lines
+from lit_rlhf.report.page import page
 from lit_rlhf.scoring import PipelineReward
 
 PACKAGE = Path(lit_rlhf.__file__).parent
@@ -251,11 +252,9 @@ class Page(HTMLParser):
 EVIL = """"><script>alert('1')</script>&lt;<img src=x onerror=alert(1)>' onload='x"""
 
 
-TWO = {"a": [(0, 1.0)], "b": [(0, 1.0)]}
-
-
-def test_reports_show_what_was_written_and_run_none_of_it():
-    drawn = svg(Chart(EVIL, EVIL, EVIL, {EVIL: [(0, 1.0), (1, 2.0)], "b": [(0, 1.0)]}, level=(EVIL, 1.5)))
+def test_reports_show_what_was_written_and_run_none_of_it(tmp_path):
+    drawn = lines(EVIL, EVIL, EVIL, {EVIL: [(0, 1.0), (1, 2.0)], "b": [(0, 1.0)]}, levels={EVIL: 1.5}, note=EVIL)
+    plain = lines("t", "x", "y", {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 1.0)]}, levels={"c": 1.5}, note="n")
     numbers = {"gold": 1.0, "gold_stderr": 0.1, "score": 0.5, "kl": 2.0, "length": 14.0, "rouge1": 0.4, "rouge2": 0.2, "rougeL": 0.3}
     report = {
         "seed": 0,
@@ -268,12 +267,14 @@ def test_reports_show_what_was_written_and_run_none_of_it():
     report |= {"ppo_minus_sft": {"gold": 1.0, "gold_stderr": 0.1, "standard_errors": 1.0}, "seconds": {EVIL: 1.0, "total": 2.0}}
     sample = {"prompt": f"SUBREDDIT: r/x\n\nTITLE: {EVIL}\n\nPOST: {EVIL}\n\nTL;DR:", "summaries": {EVIL: (EVIL + "\x1b[31m\x00", 1.0)}}
     one = report | {"stages": [{"name": "x"} | numbers], "seconds": {"total": 2.0}}
-    usual = Page(page(one, [], [svg(Chart("t", "x", "y", TWO))]))
-    found = Page(page(report, [sample, {"prompt": EVIL, "summaries": {}}], [drawn]))
-    assert found.tags - usual.tags <= {"article", "dl", "dt", "dd", "tr", "td", "b", "line", "circle"}
-    assert found.attributes - usual.attributes <= {"cx", "cy", "r"}
-    # chart: title, two axes, line, level; stage; seconds; post: title and text; its summary: name and text; the prompt alone
-    assert found.text.count(EVIL) == 12
+    mild = {"prompt": "SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:", "summaries": {"x": ("y", 1.0)}}
+    usual, found = make_report(one, [mild], tmp_path), make_report(report, [sample, {"prompt": EVIL, "summaries": {}}], tmp_path)
+    usual.add("s", plain), found.add(EVIL, drawn)
+    usual, found = Page(page(usual)), Page(page(found))
+    assert found.tags <= usual.tags and found.attributes <= usual.attributes
+    # section; chart: title, two axes, line, level and note; two points' hints have the line's name; stage; seconds; post: title and text;
+    # its summary: name and text; the prompt alone
+    assert found.text.count(EVIL) == 1 + 6 + 2 + 1 + 1 + 2 + 2 + 1
     assert "\x1b" not in found.text and "\x00" not in found.text
 
 

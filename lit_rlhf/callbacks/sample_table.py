@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_rlhf.report.text import as_markdown, visible
+
 ORDER = ("prompt", "response", "reference", "score", "kl")
 TERMINAL_CHARACTERS = 400  # of a text in one cell of the terminal's table; a long one keeps both its ends
 
@@ -43,18 +45,13 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3f}"
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return visible(str(value))
 
 
 def markdown_table(samples: list[dict[str, Any]]) -> str:
     """A Markdown table in which every text shows as it is: punctuation is written as character references, line ends as <br>."""
-
-    def escape(text: str) -> str:
-        kept = "".join(c if c.isalnum() or not c.isascii() or c in " \n.,;:'?" else f"&#{ord(c)};" for c in text.strip())
-        return kept.replace("\n", "<br>")
-
     names = _columns(samples)
-    rows = [[escape(_cell(sample.get(name))) for name in names] for sample in samples]
+    rows = [[as_markdown(_cell(sample.get(name))) for name in names] for sample in samples]
     return "\n".join("| " + " | ".join(row) + " |" for row in [names, ["---"] * len(names), *rows])
 
 

@@ -1,17 +1,31 @@
 """The maths of RLHF as functions of tensors: torch only, no state; each equation with its source stands in its docstring."""
 
 from lit_rlhf.functional.advantages import gae, token_rewards
+from lit_rlhf.functional.best_of_n import best_of_n_kl, best_of_n_mean, fit_law
 from lit_rlhf.functional.kl import adapt_kl_coef, k1, k2, k3
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.losses import lm_loss, pairwise_loss, pairwise_token_loss, policy_loss, ranking_loss, value_loss
 from lit_rlhf.functional.masking import last_index, masked_mean, through_first, whiten
+from lit_rlhf.functional.preferences import calibration_floor, difference_correlation, label_agreement
+from lit_rlhf.functional.statistics import bootstrap_mean, calibration_error, correlation, grouped_mean, grouped_share, reliability
 
 __all__ = [
     "adapt_kl_coef",
+    "best_of_n_kl",
+    "best_of_n_mean",
+    "bootstrap_mean",
+    "calibration_error",
+    "calibration_floor",
+    "correlation",
+    "difference_correlation",
+    "fit_law",
     "gae",
+    "grouped_mean",
+    "grouped_share",
     "k1",
     "k2",
     "k3",
+    "label_agreement",
     "last_index",
     "lm_loss",
     "masked_mean",
@@ -19,6 +33,7 @@ __all__ = [
     "pairwise_token_loss",
     "policy_loss",
     "ranking_loss",
+    "reliability",
     "through_first",
     "token_entropy",
     "token_logprobs",

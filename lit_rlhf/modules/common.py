@@ -67,21 +67,6 @@ def optimizers(module: L.LightningModule, groups: list[dict[str, Any]], optimize
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def group_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that can group an accuracy: short strings, numbers and booleans, not the texts."""
-    groups = {}
-    for name, values in columns.items():
-        known = [v for v in values if v is not None]
-        if name in TEXTS or not known:
-            continue
-        if all(isinstance(v, bool | int) or (isinstance(v, str) and len(v) <= 40) for v in known):
-            groups[name] = values
-    return groups
-
-
-TEXTS = {"prompt", "reference", "chosen", "rejected", "post", "title", "summary", "label", "completion", "id", "info", "note", "messages"}
-
-
 class StepMeter:
     """Adds up the stats of an optimiser step's micro-batches and gives their sum over all ranks.
 

@@ -13,8 +13,8 @@ from lit_rlhf.batch import Batch
 from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
 from lit_rlhf.data.common import load_trusted
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
-from lit_rlhf.metrics import PairAccuracy
-from lit_rlhf.modules.common import StepMeter, group_columns, loss_scale, optimizers, record, reseed, reset_metrics, step_stats
+from lit_rlhf.metrics import PairAccuracy, group_columns
+from lit_rlhf.modules.common import StepMeter, loss_scale, optimizers, record, reseed, reset_metrics, step_stats
 from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -135,14 +135,14 @@ class PairwiseReward(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load(self, checkpoint)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return {"scores": self._evaluate(batch, batch_idx)}
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return {"scores": self._evaluate(batch, batch_idx)}
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
@@ -168,7 +168,8 @@ class PairwiseReward(L.LightningModule):
             return ranking_loss(scores, batch.pairs, batch.prompt_of, **setting)
         return pairwise_loss(scores[first], scores[second], **setting)
 
-    def _evaluate(self, batch: Batch, batch_idx: int) -> None:
+    def _evaluate(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Adds the batch to the metrics; returns its scores (N,), which callbacks such as RewardReport read."""
         scalars = self.network(batch)
         scores, (first, second) = score_of(scalars, batch.response_mask), batch.pairs.unbind(1)
         units = batch.prompt_of[first].unique() if self.loss == "ranking" else first  # what the loss is a mean over
@@ -178,6 +179,7 @@ class PairwiseReward(L.LightningModule):
         self.accuracy.update(scores[first], scores[second], groups)
         if batch_idx == 0:
             self.samples = self._rows(batch, scores)
+        return scores
 
     def _report(self, stage: str) -> None:
         found = self.accuracy.compute()

@@ -18,8 +18,9 @@ from lit_rlhf.data.text import format_tldr
 from lit_rlhf.generation import Sampling
 from lit_rlhf.quickstart.evaluate import evaluate
 from lit_rlhf.quickstart.model import train_tokenizer, write_untrained
-from lit_rlhf.quickstart.report import stage_table, write_report
+from lit_rlhf.quickstart.report import make_report, stage_table
 from lit_rlhf.quickstart.world import write_data
+from lit_rlhf.report.tensorboard import publish
 
 DEFAULT_OUT = "runs/quickstart"  # the folder that the shipped YAML files name
 SIZES = {
@@ -77,10 +78,9 @@ def _run(out: Path, seed: int, sizes: Mapping[str, int], changes: Mapping[str, S
     with timed(seconds, "evaluation", f"{sizes['held_out']} held-out posts"):
         report, samples = evaluate(out, Sampling(**setting["sampling"]), seed)
     report |= {"kl_target": setting["kl_target"], "seconds": {**seconds, "total": sum(seconds.values())}}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_report(out / "report.html", report, samples, out)
+    page = publish(make_report(report, samples, out), out)
     print("\n" + stage_table(report))
-    print(f"\n{sum(seconds.values()):.0f} s in all. Curves and summaries side by side: {out / 'report.html'}")
+    print(f"\n{sum(seconds.values()):.0f} s in all. Curves and summaries side by side: {page}")
     return 0
 
 

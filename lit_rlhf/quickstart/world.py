@@ -25,6 +25,9 @@ ENOUGH = 20  # words; the longest plain summary of all five facts has 15
 LOWEST = -5.0
 CARE = 2.5  # of a labeller: the log-odds of the right choice, per point of gold
 RANKED = 4  # summaries that a labeller compares at a time
+SPOILT = (
+    0.1  # share of these that are of another post or jumbled; without any, a reward model need not read the post, or the order of words
+)
 
 
 @dataclass(frozen=True)
@@ -195,14 +198,25 @@ def raw_row(rng: random.Random) -> dict[str, str]:
 
 
 def ranking(rng: random.Random) -> dict[str, Any]:
-    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking."""
+    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking.
+
+    A share of `SPOILT` of the summaries is spoilt.
+    """
     post = write_post(rng)
     prompt, summaries = prompt_of(post), list[str]()
     while len(summaries) < RANKED:
-        summary = write_summary(post, rng)
+        summary = spoilt(post, rng) if rng.random() < SPOILT else write_summary(post, rng)
         if summary not in summaries:
             summaries.append(summary)
     return {"prompt": prompt, "responses": summaries, "scores": impressions(gold([prompt] * RANKED, summaries), rng)}
+
+
+def spoilt(post: Post, rng: random.Random) -> str:
+    """What somebody wrote about another post, or about this one with the words in disorder."""
+    if rng.random() < 0.5:
+        return write_summary(write_post(rng), rng)
+    spoken = write_summary(post, rng).split()
+    return " ".join(rng.sample(spoken, len(spoken)))
 
 
 def exact_pair(rng: random.Random) -> tuple[str, str, str]:

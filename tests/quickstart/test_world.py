@@ -112,6 +112,22 @@ def test_rankings_are_noisy():
     assert 0.03 < wrong / pairs < 0.12
 
 
+def test_one_in_ten_ranked_summaries_is_spoilt():
+    """Of another post: states two facts that are not this one's, as hardly any other does. Jumbled: does not end where it ends."""
+    rng, strays, jumbled, n = random.Random(5), 0, 0, 0
+    for row in (ranking(rng) for _ in range(600)):
+        facts = read_post(row["prompt"])
+        for response in row["responses"]:
+            stated = {
+                kind: value for kind, values in words.VALUES.items() for value in values if f" {value} " in f" {response.strip('.?')} "
+            }
+            strays += sum(facts[kind] != value for kind, value in stated.items()) >= 2
+            jumbled += not response.endswith((".", "?"))
+            n += 1
+    assert 0.035 < strays / n < 0.06  # SPOILT / 2, less those that tell little
+    assert 0.035 < jumbled / n < 0.05  # SPOILT / 2, less one in ten or so whose last word stayed the last
+
+
 def test_the_same_seed_writes_the_same_files(tmp_path):
     sizes = {"sft_train": 20, "comparisons_train": 20, "prompts_valid": 5, "held_out": 20}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

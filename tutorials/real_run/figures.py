@@ -15,14 +15,10 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.quickstart.chart import Chart, svg
+from lit_rlhf.report import lines
+from lit_rlhf.report.svg import standalone
 
 HERE = Path(__file__).parent
-STYLE = (
-    "svg{background:#f5f7fa}text{font-family:system-ui,sans-serif;fill:#1b1f24}.title{font-size:12px;font-weight:600}.tick{font-size:10px}"
-    ".label{font-size:10.5px}.grid{stroke:#d9dee5}polyline{fill:none;stroke-width:1.8}.line0{stroke:#1f6feb}.line1{stroke:#c2570c}"
-    ".fill0{fill:#1f6feb}.fill1{fill:#c2570c}"
-)
 CHARTS = {
     "sft": {"loss (nats per token)": ("train/loss", "val/loss")},
     "reward": {"loss": ("train/loss", "val/loss"), "accuracy": ("train/accuracy", "val/accuracy")},
@@ -112,11 +108,9 @@ def draw(name: str, found: dict[str, list[list[float]]]) -> list[str]:
     """Writes one SVG file per chart of a stage and returns their names."""
     files = []
     for number, (title, metrics) in enumerate(CHARTS[name].items()):
-        lines = {m.split("/")[0] if len(metrics) > 1 else title: [(x, y) for x, y in found.get(m, [])] for m in metrics}
-        text = svg(Chart(f"{name}: {title}", "optimiser step", title, lines))
+        named = {m.split("/")[0] if len(metrics) > 1 else title: [(x, y) for x, y in found.get(m, [])] for m in metrics}
         file = f"{name}-{number}.svg"
-        text = text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="380" ', 1).replace(">", f"><style>{STYLE}</style>", 1)
-        (HERE / file).write_text(text)
+        (HERE / file).write_text(standalone(lines(f"{name}: {title}", "optimiser step", title, named)))
         files.append(file)
     return files
 

@@ -1,0 +1,143 @@
+"""One measuring process of lit_rlhf: its Trainer, modules and DataModules as a user runs them, no logger and no checkpoints.
+
+python tests/benchmarks/ours.py ppo --work .bench/work [--precision bf16] [--batch 32] [--responses 4] [--steps 1] [--profile table.txt]
+"""
+
+import json
+import logging
+import warnings
+from typing import Any
+
+import datasets
+import job
+import lightning as L
+import measuring
+import torch
+from job import Job
+from work_done import Tally
+
+import lit_rlhf.networks
+import lit_rlhf.rollout
+from lit_rlhf.batch import Batch
+from lit_rlhf.data import PairwiseDataModule, PromptDataModule, SFTDataModule
+from lit_rlhf.data.tokenise import Encoder
+from lit_rlhf.generation import Sampling
+from lit_rlhf.modules import PPO, SFT, PairwiseReward
+from lit_rlhf.networks import CausalPolicy, ScalarModel, score_of
+from lit_rlhf.optim import Schedule
+
+
+class Watch(L.Callback):
+    """Marks the end of every step (PPO: of every iteration), keeps the losses and the first step's token ids."""
+
+    def __init__(self, clock: measuring.Clock, updates: int = 1) -> None:
+        self.clock, self.updates = clock, updates
+        self.losses: list[float] = []
+        self.first: dict[str, Any] = {}
+        self.loaded = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.loaded = measuring.reset_peak()
+        self.clock.mark()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.first and hasattr(batch, "response_ids"):
+            rows = paths(batch)
+            self.first = {"ids": measuring.hash_ids(rows), "tokens": sum(map(len, rows)), "loss_tokens": int(batch.response_mask.sum())}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.updates == 0:
+            self.clock.mark()
+        if "train/loss" in trainer.callback_metrics:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def paths(batch: Any) -> list[list[int]]:
+    """Prompt + response ids, one list per response."""
+    prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
+    responses = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
+    return [prompts[m] + response for m, response in zip(batch.prompt_of.tolist(), responses, strict=True)]
+
+
+def optimizer(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=job.LEARNING_RATE, eps=job.EPS, weight_decay=job.WEIGHT_DECAY)
+
+
+def build(run: Job) -> tuple[L.LightningModule, L.LightningDataModule, int]:
+    """Module, data module, and the optimiser steps of one measured step."""
+    file, common = str(run.work / f"{run.data}.jsonl"), {"optimizer": optimizer, "scheduler": Schedule("constant")}
+    policy, reward = str(run.work / "policy"), str(run.work / "reward")
+    if run.stage == "sft":
+        return SFT(policy, **common), SFTDataModule(file, batch_size=run.batch, **job.CUT), 1
+    if run.stage == "reward":
+        return PairwiseReward(reward, **common), PairwiseDataModule(file, batch_size=run.batch, **job.CUT), 1
+    if run.stage != "ppo":
+        raise SystemExit(f"lit_rlhf has no {run.stage} yet")
+    ppo = PPO(
+        policy,
+        reward_model=reward,
+        sampling=Sampling(max_new_tokens=job.NEW_TOKENS, temperature=job.TEMPERATURE),
+        batch_size=run.batch,
+        responses_per_prompt=run.responses,
+        ppo_epochs=job.PPO_EPOCHS,
+        collapse_patience=None,  # random weights
+        **common,
+    )
+    return ppo, PromptDataModule(file, **job.CUT), job.PPO_EPOCHS
+
+
+@torch.no_grad()
+def check(run: Job) -> None:
+    """Log-probs, values and scores of given responses, by the networks that PPO loads, in its packed rows."""
+    policy, scalar = CausalPolicy.load(str(run.work / "policy")), ScalarModel.load(str(run.work / "reward"))
+    encoder = Encoder(policy.tokenizer)
+    with open(run.work / f"{run.data}.jsonl") as lines:
+        prompts = encoder.ids([json.loads(line)["prompt"] for line in lines])
+    batch = Batch.of(prompts, job.check_responses(len(prompts), len(policy.tokenizer), encoder.eos))
+    scalars, mask = scalar(batch), batch.response_mask
+    logprobs = {name: policy(batch, temperature=job.TEMPERATURE, ban=ban)[0] for name, ban in (("", False), ("_without_pad", True))}
+    dump = {f"logprobs{name}": found for name, found in logprobs.items()}
+    torch.save(dump | {"mask": mask, "values": scalars[:, :-1] * mask, "scores": score_of(scalars, mask)}, run.out)
+
+
+def main() -> None:
+    run = job.parse()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    measuring.set_threads(run)
+    if run.stage == "check":
+        return check(run)
+    L.seed_everything(job.SEED, verbose=False)
+    module, data, updates = build(run)
+    clock = measuring.Clock()
+    measuring.watch_gc(clock)
+    watch, tally = Watch(clock, updates), Tally()
+    for owner, name, phase in (
+        (module, "_collect", "collect"),
+        (lit_rlhf.rollout, "sample", "sampling"),
+        (lit_rlhf.rollout, "in_parts", "log-probs and values"),
+        (lit_rlhf.rollout, "score_texts", "reward model"),
+    ):
+        clock.watch(owner, name, phase)
+    tally.watch(lit_rlhf.networks)
+    trainer = L.Trainer(
+        max_steps=updates * (run.warm_up + run.steps),
+        max_epochs=-1,
+        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        gradient_clip_val=None if run.stage == "ppo" else 1.0,  # TRL's PPO does not clip, its other trainers do
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run.work,
+        callbacks=[watch],
+    )
+    measuring.profiled(run, lambda: trainer.fit(module, data))
+    found = measuring.result(run, "ours", clock, watch.loaded, run.batch, losses=watch.losses, first=watch.first)
+    measuring.emit(run, found | tally.figures(run, found))
+
+
+if __name__ == "__main__":
+    main()
