@@ -78,8 +78,8 @@ class CLI(LightningCLI):
         refuse_strategy(self._get(self.config, "trainer", default={}).get("strategy"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds, unless the user gives one of its kind: progress bar, Throughput for `fit`, JSONLWriter for `predict`, RewardReport for `validate`
-        and `test` of a PairwiseReward, checkpoints that are whole or absent."""
+        """Adds, unless the user gives one of its kind: progress bar, Throughput for `fit`, JSONLWriter for `predict`, RewardReport
+        for `validate` and `test` of a PairwiseReward, checkpoints that are whole or absent."""
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
