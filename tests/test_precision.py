@@ -112,6 +112,7 @@ def test_the_mean_of_scores_is_float32(reward_dir, make_trainer, pair_rows):
 def test_scores_and_values_are_float32(reward_dir, precision):
     """The scalar head multiplies the network's bfloat16 states in float32; in bfloat16 two scores of 6 could not differ by 0.02."""
     network, states = ScalarModel.load(reward_dir, dtype="bfloat16" if precision == "bf16-true" else "float32"), []
+    network.head.weight.data.mul_(6)
     network.model.model.norm.register_forward_hook(lambda module, args, output: states.append(output.bfloat16()))
     batch = Batch.of([[5, 6, 7]], [[8, 9, 1]], [0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
