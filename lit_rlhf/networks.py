@@ -200,13 +200,19 @@ class ScalarModel(nn.Module):
         """One number for every state, (N, R + 1) float32: column t after t response tokens; `reward_mean` is subtracted."""
         layout = lay_out(self, batch)
         states = layout.states(run(self.model.base_model, layout).last_hidden_state)
-        return self.head(states).squeeze(-1).float() - self.mean
+        return self.scalars(states) - self.mean
+
+    def scalars(self, states: Tensor) -> Tensor:
+        """The head on states (N, R + 1, H), in float32 whatever the run's precision: bfloat16 would put a score of 6.03 at 6.03125."""
+        bias = None if self.head.bias is None else self.head.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), self.head.weight.float(), bias).squeeze(-1)
 
     def form_for(self, batch: Batch) -> Form:
         return self.form if fits_window(batch, self.window) else "plain"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalarModel":
-        """Moves and casts the network as any module, but its mean stays float32, as scores are: bfloat16 would put 6.03 at 6.03125."""
+        """Moves and casts the network as any module, but its mean stays float32, as scores are."""
         mean = self.mean
         super()._apply(fn, recurse)
         self.mean = mean.to(self.mean.device)

@@ -157,11 +157,12 @@ class Clock:
         self.running = False
         self.tallies: dict[str, Tally] = {}
         self.clear()
-        self._phase, self._since, self._span = "", 0.0, record_function("")
+        self._phase, self._since = "", 0.0
+        self._span: record_function | None = None
 
     def start(self, tallies: dict[str, Tally]) -> None:
         """Counts from now on, with these networks' tallies."""
-        self.running, self.tallies = True, tallies
+        self.running, self.tallies, self._phase = True, tallies, ""
         self.clear()
 
     def begin(self, phase: str = "") -> None:
@@ -180,10 +181,10 @@ class Clock:
         self._phase, self._since = phase, now
 
     def _mark(self, phase: str) -> None:
-        if self._phase:
+        if self._span is not None:
             self._span.__exit__(None, None, None)
-        if phase:
-            self._span = record_function(phase)
+        self._span = record_function(phase) if phase else None
+        if self._span is not None:
             self._span.__enter__()
 
     def clear(self) -> None:

@@ -9,13 +9,4 @@ from lit_rlhf.callbacks.reward_report import RewardReport
 from lit_rlhf.callbacks.sample_table import SampleTable
 from lit_rlhf.callbacks.throughput import Throughput
 
-__all__ = [
-    "CheckpointGuard",
-    "ExportHF",
-    "JSONLWriter",
-    "LeanProgressBar",
-    "Profile",
-    "RewardReport",
-    "SampleTable",
-    "Throughput",
-]
+__all__ = ["CheckpointGuard", "ExportHF", "JSONLWriter", "LeanProgressBar", "Profile", "RewardReport", "SampleTable", "Throughput"]
