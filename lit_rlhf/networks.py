@@ -201,7 +201,7 @@ class ScalarModel(nn.Module):
         return self.scalars(self.states(batch)) - self.mean
 
     def states(self, batch: Batch) -> Tensor:
-        """What the head reads, (N, R + 1, H)."""
+        """What the head reads, (N, R + 1, H): column t after t response tokens. Under FSDP only within `forward`."""
         layout = lay_out(self, batch)
         return layout.states(run(self.model.base_model, layout).last_hidden_state)
 
