@@ -54,7 +54,7 @@ class ReferenceLogprobs:
         """The sums by row; the ranks take the passes in turn and exchange what they found."""
         trainer, found = module.trainer, {}  # type: tuple[Any, dict[int, list[float]]]
         network, adapter = self._load(module)
-        with trainer.precision_plugin.forward_context(), full_params(trainer.model):
+        with trainer.precision_plugin.forward_context(), full_params(trainer.model if network is module.policy else network):
             for turn in range(0, len(passes), trainer.world_size):  # equally many passes on each rank, as sharded networks need
                 rows = passes[(turn + trainer.global_rank) % len(passes)]
                 batch = trainer.datamodule.batch(split, rows).to(module.device)
