@@ -40,7 +40,7 @@ class Job:
 
     @property
     def warm_up(self) -> int:
-        return WARM_UP[self.stage]
+        return WARM_UP.get(self.stage, 0)
 
 
 def parse() -> Job:
