@@ -12,8 +12,8 @@ from lit_rlhf.data import PairwiseDataModule, PromptDataModule
 from lit_rlhf.modules import DPO, PPO, RLOO
 from lit_rlhf.scoring import accepted_columns
 
-SAMPLING = {"ppo": PPO, "rloo": RLOO}  # learn from what they sample and a reward
-GIVEN = {"dpo": DPO}  # learn from rows
+SAMPLING: dict[str, Any] = {"ppo": PPO, "rloo": RLOO}  # learn from what they sample and a reward
+GIVEN: dict[str, Any] = {"dpo": DPO}  # learn from rows
 
 
 def train(

@@ -71,7 +71,7 @@ class DPO(L.LightningModule):
                 f"least 0 (got {sft_coef}) and tokens_per_forward of at least 1 (got {tokens_per_forward})"
             )
         self.model = check_source(model)
-        self.setting = {"beta": beta, "kind": loss, "label_smoothing": label_smoothing}
+        self.setting: dict[str, Any] = {"beta": beta, "kind": loss, "label_smoothing": label_smoothing}
         self.length_average = loss == "ipo" if length_average is None else length_average
         self.sft_coef, self.tokens_per_forward = sft_coef, tokens_per_forward
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -105,7 +105,7 @@ def check_dpo(run: Job) -> None:
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     reference = network(batch)[0].sum(1)
-    measuring.move(network.lm, 1e-3, 1)
+    measuring.move(network.lm, 5e-3, 1)
     ratios, lengths, (first, second) = network(batch)[0].sum(1) - reference, batch.response_mask.sum(1), batch.pairs.unbind(1)
     found = {"sigmoid": ratios, "ipo": ratios / lengths}
     dump = {kind: dpo_loss(r[first], r[second], beta=job.BETA["dpo"], kind=kind)[0] for kind, r in found.items()}  # type: ignore[arg-type]

@@ -184,7 +184,7 @@ def check_dpo(run: Job, tokenizer: Any) -> None:
 
     dump = {}
     for kind in ("sigmoid", "ipo"):
-        networks = {"model": measuring.move(load(run, "policy"), 1e-3, 1), "ref_model": load(run, "policy")}
+        networks = {"model": measuring.move(load(run, "policy"), 5e-3, 1), "ref_model": load(run, "policy")}
         config = DPOConfig(**arguments(run), **steps_of(run), loss_type=[kind], beta=job.BETA["dpo"])
         trainer = DPOTrainer(**networks, args=config, train_dataset=rows_of(run), processing_class=tokenizer)
         batch = next(iter(trainer.get_train_dataloader()))
