@@ -16,8 +16,8 @@ PAIRS="--data.val_data $D/comparisons_valid.jsonl.gz $COMMON"
 HALF="--model.frozen_layers 20 --data.batch_size 16 --model.optimizer.init_args.lr 5e-5 --model.scheduler.init_args.warmup_steps 4"
 WRITE="--model.sampling.max_new_tokens 24"
 PPO="--config $RUNS/configs/ppo.yaml $TLDR $WRITE --data.limit_train_rows 2000 --model.batch_size 32 --model.responses_per_prompt 2
-  --model.ppo_epochs 2 --model.frozen_layers 20 --model.kl_coef 0.02 --model.optimizer.init_args.lr 5e-5 --model.value_lr 1e-4
-  --trainer.max_epochs 40 --trainer.check_val_every_n_epoch 1000"
+  --model.ppo_epochs 2 --model.frozen_layers 20 --model.kl_coef 0.02 --model.optimizer.init_args.lr 1e-4 --model.value_lr 1e-4
+  --trainer.max_epochs 24 --trainer.check_val_every_n_epoch 1000"
 
 timed() { # NAME COMMAND…: what it cost goes to $RUNS/time/NAME
   local name=$1
@@ -31,37 +31,37 @@ sft() {
 }
 reward() {
   local pairs="--config $RUNS/configs/reward.yaml --data.data $D/comparisons_train.jsonl.gz $PAIRS"
-  timed reward fit $pairs $HALF --data.limit_train_rows 2048 --trainer.val_check_interval 1.0 --model.reference_rows 256
-  timed report test $pairs --model.model "$RUNS/reward/hf" --data.test_data "$D/comparisons_valid.jsonl.gz" --data.limit_val_rows 512
+  timed reward fit $pairs $HALF --data.limit_train_rows 1024 --trainer.limit_val_batches 0 --model.reference_rows 128
+  timed report test $pairs --model.model "$RUNS/reward/hf" --data.test_data "$D/comparisons_valid.jsonl.gz" --data.limit_val_rows 400
 }
 judge() { # a second reward model, trained on pairs that the first has not seen
-  zcat "$D/comparisons_train.jsonl.gz" | tail -n 1100 >"$RUNS/judge_pairs.jsonl"
-  timed judge fit --config "$RUNS/configs/judge.yaml" --data.data "$RUNS/judge_pairs.jsonl" $PAIRS $HALF --data.limit_train_rows 1024 \
-    --trainer.val_check_interval 1.0 --model.reference_rows 128
+  zcat "$D/comparisons_train.jsonl.gz" | tail -n 600 >"$RUNS/judge_pairs.jsonl"
+  timed judge fit --config "$RUNS/configs/judge.yaml" --data.data "$RUNS/judge_pairs.jsonl" $PAIRS $HALF --data.limit_train_rows 512 \
+    --trainer.val_check_interval 1.0 --model.reference_rows 64
 }
 hh() {
   local pairs="--config $RUNS/configs/hh.yaml --data.data $H/train.jsonl.gz --data.val_data $H/valid.jsonl.gz $COMMON --data.overlong left
     --data.max_prompt_tokens 128 --data.limit_val_rows 273"
-  timed hh fit $pairs --model.model "$MODEL" $HALF --trainer.val_check_interval 1.0 --model.reference_rows 128
+  timed hh fit $pairs --model.model "$MODEL" $HALF --trainer.limit_val_batches 0 --model.reference_rows 128
   timed hh_report test $pairs --model.model "$RUNS/hh/hf" --data.test_data "$H/valid.jsonl.gz"
 }
 curve() {
   timed curve learning-curve --config "$RUNS/configs/reward.yaml" --data.data "$D/comparisons_train.jsonl.gz" $PAIRS $HALF \
-    --sizes 64 256 1024 --out "$RUNS/learning_curve"
+    --sizes 64 256 768 --out "$RUNS/learning_curve"
 }
 doctor() { # NAME MORE…: 1 where something failed
   local name=$1
   shift
-  timed "$name" doctor --base "$MODEL" --sft "$RUNS/sft/hf" --reward "$RUNS/reward/hf" --rows 64 --max_new_tokens 24 --max_prompt_tokens 96 \
+  timed "$name" doctor --base "$MODEL" --sft "$RUNS/sft/hf" --reward "$RUNS/reward/hf" --rows 48 --max_new_tokens 24 --max_prompt_tokens 96 \
     --data "$D"/{tldr,comparisons}_{train,valid}.jsonl.gz --out "$RUNS/$name" "$@" >"$RUNS/$name.txt" || true
 }
 frontier() {
-  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 8 --best_of 16 --data.limit_val_rows 96 \
+  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 6 --best_of 16 --data.limit_val_rows 64 \
     --out "$RUNS/frontier"
 }
 predict() { # what SFT and PPO write to the same posts, with the same noise; what the maintainers wrote
-  timed predict_sft predict $PPO --trainer.default_root_dir "$RUNS/predictions/sft"
-  timed predict_ppo predict $PPO --trainer.default_root_dir "$RUNS/predictions/ppo" --ckpt_path "$RUNS/frontier/as_configured/checkpoints/last.ckpt"
+  timed predict_sft predict $PPO --data.limit_val_rows 128 --trainer.default_root_dir "$RUNS/predictions/sft"
+  timed predict_ppo predict $PPO --data.limit_val_rows 128 --trainer.default_root_dir "$RUNS/predictions/ppo" --ckpt_path "$RUNS/frontier/as_configured/checkpoints/last.ckpt"
   mkdir -p "$RUNS/predictions/maintainer"
   python -c 'import json, sys
 for line in open(sys.argv[1]): print(json.dumps(json.loads(line) | {"response": json.loads(line)["reference"]}))' \
