@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, SFTDataModule
-from lit_rlhf.scorers import imported
 from lit_rlhf.callbacks import Throughput
+from lit_rlhf.scorers import imported
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 SHORT = Sampling(max_new_tokens=4)
