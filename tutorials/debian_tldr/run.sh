@@ -17,7 +17,7 @@ HALF="--model.frozen_layers 20 --data.batch_size 16 --model.optimizer.init_args.
 WRITE="--model.sampling.max_new_tokens 24"
 PPO="--config $RUNS/configs/ppo.yaml $TLDR $WRITE --data.limit_train_rows 2000 --model.batch_size 32 --model.responses_per_prompt 2
   --model.ppo_epochs 2 --model.frozen_layers 20 --model.kl_coef 0.02 --model.optimizer.init_args.lr 1e-4 --model.value_lr 1e-4
-  --trainer.max_epochs 20 --trainer.check_val_every_n_epoch 1000"
+  --trainer.max_epochs 12 --trainer.check_val_every_n_epoch 1000"
 
 timed() { # NAME COMMAND…: what it cost goes to $RUNS/time/NAME
   local name=$1
@@ -56,7 +56,7 @@ doctor() { # NAME MORE…: 1 where something failed
     --data "$D"/{tldr,comparisons}_{train,valid}.jsonl.gz --out "$RUNS/$name" "$@" >"$RUNS/$name.txt" || true
 }
 frontier() {
-  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 5 --best_of 16 --data.limit_val_rows 64 \
+  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 3 --best_of 16 --data.limit_val_rows 48 \
     --out "$RUNS/frontier"
 }
 predict() { # what SFT and PPO write to the same posts, with the same noise; what the maintainers wrote
