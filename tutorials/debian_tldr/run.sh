@@ -56,12 +56,12 @@ doctor() { # NAME MORE…: 1 where something failed
     --data "$D"/{tldr,comparisons}_{train,valid}.jsonl.gz --out "$RUNS/$name" "$@" >"$RUNS/$name.txt" || true
 }
 frontier() {
-  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 3 --best_of 16 --data.limit_val_rows 48 \
+  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 4 --best_of 16 --data.limit_val_rows 48 \
     --out "$RUNS/frontier"
 }
 predict() { # what SFT and PPO write to the same posts, with the same noise; what the maintainers wrote
-  timed predict_sft predict $PPO --data.limit_val_rows 128 --trainer.default_root_dir "$RUNS/predictions/sft"
-  timed predict_ppo predict $PPO --data.limit_val_rows 128 --trainer.default_root_dir "$RUNS/predictions/ppo" --ckpt_path "$RUNS/frontier/as_configured/checkpoints/last.ckpt"
+  timed predict_sft predict $PPO --data.limit_val_rows 100 --trainer.default_root_dir "$RUNS/predictions/sft"
+  timed predict_ppo predict $PPO --data.limit_val_rows 100 --trainer.default_root_dir "$RUNS/predictions/ppo" --ckpt_path "$RUNS/frontier/as_configured/checkpoints/last.ckpt"
   mkdir -p "$RUNS/predictions/maintainer"
   python -c 'import json, sys
 for line in open(sys.argv[1]): print(json.dumps(json.loads(line) | {"response": json.loads(line)["reference"]}))' \
