@@ -16,6 +16,7 @@ TICK_SIZE = 10
 NAME_LETTERS = 24  # of a bar's name; a longer one loses its middle
 COLOURS = 6  # in the palette; more series begin it again
 ASIDE = 4  # pixels between the whiskers of two series at one x
+MARGIN = 0.025  # of the x axis at either end, where points are drawn: none lies on the edge
 
 Point = tuple[float, float]
 At = Callable[[float, float], Point]
@@ -111,15 +112,17 @@ def _draw_plot(plot: Plot) -> Drawing:
     right, bottom = WIDTH - RIGHT, top + PLOT_HEIGHT
     scale = math.log10 if plot.x_log else float
     begin, span = scale(low_x), (scale(high_x) - scale(low_x)) or 1.0
+    free = MARGIN * span if plot.x_range is None and any(s.kind == "points" for s in series) else 0.0
+    begin, span = begin - free, span + 2 * free
     low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
     def at(x: float, y: float) -> Point:
         return left + (scale(x) - begin) / span * (right - left), bottom - (y - low_y) / (high_y - low_y) * PLOT_HEIGHT
 
     marks = [Mark("text", "title", ((2, 14),), plot.title), *legend]
-    for y in y_ticks:
-        marks += [Mark("path", "grid", (at(low_x, y), (right, at(low_x, y)[1])))]
-        marks += [Mark("text", "tick", ((left - 5, at(low_x, y)[1] + 3),), number(y), "end")]
+    for y, (_, height) in ((y, at(low_x, y)) for y in y_ticks):
+        marks += [Mark("path", "grid", ((left, height), (right, height)))]
+        marks += [Mark("text", "tick", ((left - 5, height + 3),), number(y), "end")]
     marks += [Mark("text", "tick", ((at(x, low_y)[0], bottom + 14),), number(x), "middle") for x in x_ticks]
     marks += [Mark("text", "label", (((left + right) / 2, bottom + 31),), plot.x_label, "middle")]
     marks += [Mark("text", "label", ((11, (top + bottom) / 2),), plot.y_label, "middle", turned=True)]
