@@ -18,6 +18,7 @@ from lit_rlhf.report.svg import standalone
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "debian_tldr.md"
+NOT_RUN = "*Not run yet.*"
 CURVES = {
     "sft": {"loss (nats per token)": ("train/loss", "val/loss")},
     "reward": {"loss (nats per pair)": ("train/loss", "val/loss")},
@@ -97,7 +98,7 @@ def figure(found: dict[str, Any]) -> Plot | Bars:
 
 def costs(path: Path) -> dict[str, float]:
     """CPU and wall minutes and peak GB from the report of /usr/bin/time -v."""
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
 
     def value(name: str) -> str:
         return re.search(rf"{name}.*: ([\d:.]+)\n", text).group(1)  # type: ignore[union-attr]
@@ -126,7 +127,7 @@ def collect(runs: Path) -> dict[str, Any]:
         "policies": {n: means(rows) for n, rows in policies.items() if rows},
         "doctor": {n: reports[n].get("findings", []) for n in ("doctor_before", "doctor_after")},
         "inspect": {k: inspected[k] for k in ("prompt", "response", "tokens", "score", "columns", "settings")} if inspected else {},
-        "costs": {path.name: costs(path) for path in sorted((runs / "time").iterdir())},
+        "costs": {path.name: costs(path) for path in sorted((runs / "time").iterdir()) if path.stat().st_size},
         "curves": {name: curves_of(runs / name, charts) for name, charts in CURVES.items()},
         "samples": samples_of(policies["sft"], policies["ppo"]),
     }
@@ -187,6 +188,9 @@ def row(*cells: Any) -> str:
 
 
 def table(head: str, rows: list[str]) -> str:
+    """A Markdown table; a line that says so where its step has not run."""
+    if not rows:
+        return NOT_RUN
     columns = head.count("|") + 1
     return "\n".join([f"| {head} |", "| --- |" + " ---: |" * (columns - 1), *rows])
 
@@ -235,13 +239,13 @@ def tables(data: dict[str, Any], runs: Path) -> dict[str, str]:
     }
     for name in ("doctor_before", "doctor_after"):
         path = runs / f"{name}.txt"
-        found[name] = f"```\n{path.read_text(encoding='utf-8').strip()}\n```" if path.is_file() else ""
+        found[name] = f"```\n{path.read_text(encoding='utf-8').strip()}\n```" if path.is_file() else NOT_RUN
     return found | frontier(data["frontier"]) | curve(data["learning_curve"])
 
 
 def curve(found: dict[str, Any]) -> dict[str, str]:
     if not found:
-        return {}
+        return {"learning_curve": NOT_RUN}
     accuracy = found["accuracy"]["all validation pairs"]
     rows = [row(pairs, shown(e)) for pairs, e in zip(found["pairs"], accuracy, strict=True)]
     return {"learning_curve": table("training pairs | held-out accuracy", rows)}
@@ -250,7 +254,7 @@ def curve(found: dict[str, Any]) -> dict[str, str]:
 def frontier(found: dict[str, Any]) -> dict[str, str]:
     """The points, and where the two part."""
     if not found:
-        return {}
+        return {"frontier": NOT_RUN}
     points = [
         row(
             "best of n" if m["setting"] == "best of n" else "PPO",
@@ -282,6 +286,8 @@ JUDGES = {"reward": "the reward model that PPO saw", "judge": "a reward model of
 
 def samples(data: dict[str, Any]) -> str:
     rows = []
+    if not data["samples"]:
+        return NOT_RUN
     for s in data["samples"]:
         post = clean(s["prompt"].split("POST:", 1)[1].removesuffix("TL;DR:"))[:160]
         written = [f"{clean(s[n])} ({score:.2f})" for n, score in zip(("sft", "ppo"), s["scores"], strict=True)]
@@ -291,7 +297,7 @@ def samples(data: dict[str, Any]) -> str:
 
 def tokens(found: dict[str, Any]) -> str:
     if not found:
-        return ""
+        return NOT_RUN
     rows = [
         row(f"`{token.replace(' ', '·')}`", *(shown(found["columns"][n][t], 2) for n in TOKEN_NAMES))
         for t, token in enumerate(found["tokens"])
