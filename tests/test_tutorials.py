@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 
 from lit_rlhf import DPO, PPO, RLOO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, SFTDataModule
 from lit_rlhf.callbacks import Throughput
+from lit_rlhf.scorers import imported
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 SHORT = Sampling(max_new_tokens=4)
@@ -181,3 +182,20 @@ def test_ppo_logs_what_the_page_has(sft_dir, sft_rows, make_trainer):
     names = logged(make_trainer, ppo, data)
     assert {"rollout/score", "ppo/ptx_loss", "val/kl", "test/rouge1", "rollout/kl_coef", "perf/sampling_seconds"} <= names
     assert undocumented(names) == set()
+
+
+# debian_tldr.md
+
+
+def test_the_gold_reward_of_the_study_by_hand(monkeypatch):
+    """ROUGE-1 and L: 1 of 2 words each way, F 1/2; ROUGE-2: no pair of words in common, 0."""
+    monkeypatch.chdir(TUTORIALS.parent)
+    rouge = imported("tutorials.debian_tldr.rewards.rouge")
+    assert rouge(["p", "p"], [" red fox", " red dog"], ["red dog", "red dog"]) == pytest.approx([1 / 3, 1.0])
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in TUTORIALS.glob("*.md")))
+def test_every_picture_of_a_page_is_there(page):
+    text = (TUTORIALS / page).read_text(encoding="utf-8")
+    missing = [name for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) if not (TUTORIALS / name).is_file()]
+    assert not missing
