@@ -33,7 +33,7 @@ def test_losses_metrics_and_weights(runs, strategy, stage):
     assert difference < 1e-5
     for rank in ranks:
         for a, b in zip(rank["steps"], one["steps"], strict=True):
-            assert a == pytest.approx(b, abs=1e-5)
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)  # the norm of RLOO's gradients is 30
         assert rank["validation"] == pytest.approx(one["validation"], abs=1e-5)
 
 
