@@ -48,7 +48,7 @@ def test_speed_is_counted_alike(runs, strategy, stage):
 
     assert all(rank["work"] == one["work"] for rank in ranks)
     assert all(rank["last"].keys() == one["last"].keys() for rank in ranks)
-    assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 100
+    assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 50
 
 
 @pytest.mark.parametrize("stage", STAGES)
