@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ FOLDER = Path(__file__).parents[2] / "tutorials" / "details"
 NAMES = ("broken", "variants", "laboratory", "page")
 MORE = [
     "--trainer.max_epochs=2",
-    "--model.init_args.batch_size=8",
+    "--model.init_args.batch_size=16",
     "--model.init_args.sampling.max_new_tokens=8",
     "--model.init_args.optimizer.init_args.lr=1e-2",  # so that in two iterations every clip is reached
 ]
@@ -174,12 +175,12 @@ def test_losses_as_loops_over_rows(broken):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
-    """What a quickstart leaves before PPO, its networks untrained; EOS is likelier than other tokens, so that lengths differ."""
+    """What a quickstart leaves before PPO, its networks untrained; EOS is likelier than other tokens, so that some responses end."""
     path = tmp_path_factory.mktemp("quick")
     write_data(path / "data", 0, {"sft_train": 64, "prompts_train": 32, "prompts_valid": 4, "held_out": 6})
     write_untrained(path / "init", train_tokenizer(sft_texts(path / "data" / "sft_train.jsonl")), 0)
     weights = load_file(path / "init" / "model.safetensors")
-    weights["model.embed_tokens.weight"][1] *= 4
+    weights["model.embed_tokens.weight"][1] *= 10
     save_file(weights, path / "init" / "model.safetensors", {"format": "pt"})
     shutil.copytree(path / "init", path / "sft" / "hf")
     torch.manual_seed(1)
@@ -216,12 +217,14 @@ def test_the_default_is_the_quickstarts_ppo_bit_for_bit(scripts, run, default, q
     assert not scripts["laboratory"].same_weights(tmp_path, quick / "sft" / "hf")
 
 
-def variant_names() -> list[str]:
+def variant_names() -> list[Any]:
+    """Those that are patches; the settings too where slow tests run."""
     sys.path.insert(0, str(FOLDER))
     try:
         import variants
 
-        return [v.name for v in variants.VARIANTS if v is not variants.DEFAULT]
+        changed = [v for v in variants.VARIANTS if v is not variants.DEFAULT]
+        return [pytest.param(v.name, marks=[pytest.mark.slow] if v.args else []) for v in changed]
     finally:
         sys.path.remove(str(FOLDER))
         for name in ("variants", "broken"):
@@ -230,6 +233,7 @@ def variant_names() -> list[str]:
 
 @pytest.mark.parametrize("name", variant_names())
 def test_every_variant_changes_the_policy(name, run, default):
+    assert 0 < default[1].rows[0]["rollout/eos_rate"] < 1
     weights, _ = run(name)
     assert weights.shape == default[0].shape and not torch.equal(weights, default[0])
 

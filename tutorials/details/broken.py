@@ -133,7 +133,7 @@ def dropout_on() -> Iterator[None]:
 
 @contextmanager
 def pad_is_eos() -> Iterator[None]:
-    """The mask is rebuilt as ids != pad, and pad is EOS: the end is in no log-prob, KL, value or loss; the token before it has the score."""
+    """The mask is rebuilt as ids != pad, and pad is EOS: the end is in no log-prob, KL, value or loss; the token before has the score."""
 
     def wrong(made: Any, *args: Any, **kwargs: Any) -> Any:
         mask = made.batch.response_mask
