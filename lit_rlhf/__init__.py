@@ -26,6 +26,8 @@ _HOME = {
     "RewardReport": "callbacks",
     "inspect_response": "inspector",
     "JSONLWriter": "callbacks",
+    "Throughput": "callbacks",
+    "Profile": "callbacks",
     "PipelineReward": "scoring",
     "train": "api",
     "best_of_n": "best_of",

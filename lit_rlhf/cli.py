@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 import lit_rlhf.callbacks
 import lit_rlhf.data
 import lit_rlhf.modules  # with the other two: YAML may then say `class_path: PPO` without a path
-from lit_rlhf.callbacks import CheckpointGuard, JSONLWriter, LeanProgressBar, RewardReport
+from lit_rlhf.callbacks import CheckpointGuard, JSONLWriter, LeanProgressBar, RewardReport, Throughput
 from lit_rlhf.checkpoint_io import AtomicCheckpointIO, newest
 from lit_rlhf.cli_errors import one_line, parameter_names
 from lit_rlhf.generation import Sampling
@@ -78,8 +78,8 @@ class CLI(LightningCLI):
         refuse_strategy(self._get(self.config, "trainer", default={}).get("strategy"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds, unless the user gives one of its kind: progress bar, JSONLWriter for `predict`, RewardReport for `validate` and `test` of a
-        PairwiseReward, checkpoints that are whole or absent."""
+        """Adds, unless the user gives one of its kind: progress bar, Throughput for `fit`, JSONLWriter for `predict`, RewardReport
+        for `validate` and `test` of a PairwiseReward, checkpoints that are whole or absent."""
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -87,6 +87,8 @@ class CLI(LightningCLI):
             callbacks.append(LeanProgressBar())
         if self.subcommand == "predict" and not any(isinstance(c, JSONLWriter) for c in callbacks):
             callbacks.append(JSONLWriter())
+        if self.subcommand == "fit" and not any(isinstance(c, Throughput) for c in callbacks):
+            callbacks.insert(0, Throughput())  # whose phases end before another callback does something at the end of a batch
         judged = isinstance(self.model, PairwiseReward) and self.subcommand in ("validate", "test")
         if judged and not any(isinstance(c, RewardReport) for c in callbacks):
             callbacks.append(RewardReport())

@@ -19,6 +19,7 @@ from lit_rlhf.attention import TREES
 from lit_rlhf.batch import Batch, pad_cat
 from lit_rlhf.functional import last_index, token_logprobs
 from lit_rlhf.layout import Form, Layout, pack
+from lit_rlhf.perf import Tally
 from lit_rlhf.pretrained import (
     add_adapter,
     context_length,
@@ -48,6 +49,7 @@ class CausalPolicy(nn.Module):
         self.window = attention_window(lm.config)
         self.own_logits = False
         self.form: Form = "rows"
+        self.tally: Tally | None = None
         self.shares_rows: bool | None = None
         """Whether a prompt's responses can share a row of the cache (`decoding.can_share_rows`); None: not tried yet."""
         rows = lm.get_output_embeddings().weight.shape[0]
@@ -86,7 +88,7 @@ class CausalPolicy(nn.Module):
         Returns:
             logprobs (N, R) and prompt_logprobs (M, P) or None; nats, float32, 0 outside their masks.
         """
-        layout = pack(batch, self.form_for(batch))
+        layout = lay_out(self, batch)
         hidden, head = self._hidden(layout, adapter)
         flat, setting = hidden.flatten(0, 1), {"temperature": temperature, "banned": self.banned if ban else None}
         mask = batch.response_mask
@@ -156,6 +158,7 @@ class ScalarModel(nn.Module):
         self.tokenizer = tokenizer
         self.window = attention_window(model.config)
         self.form: Form = "rows"
+        self.tally: Tally | None = None
         self.register_buffer("mean", torch.tensor(float(getattr(model.config, "reward_mean", None) or 0.0), dtype=torch.float32))
 
     @classmethod
@@ -195,15 +198,24 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """One number for every state, (N, R + 1) float32: column t after t response tokens; `reward_mean` is subtracted."""
-        layout = pack(batch, self.form_for(batch))
-        states = layout.states(run(self.model.base_model, layout).last_hidden_state)
-        return self.head(states).squeeze(-1).float() - self.mean
+        return self.scalars(self.states(batch)) - self.mean
+
+    def states(self, batch: Batch) -> Tensor:
+        """What the head reads, (N, R + 1, H): column t after t response tokens. Under FSDP only within `forward`."""
+        layout = lay_out(self, batch)
+        return layout.states(run(self.model.base_model, layout).last_hidden_state)
+
+    def scalars(self, states: Tensor) -> Tensor:
+        """The head on states (N, R + 1, H), in float32 whatever the run's precision: bfloat16 would put a score of 6.03 at 6.03125."""
+        bias = None if self.head.bias is None else self.head.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), self.head.weight.float(), bias).squeeze(-1)
 
     def form_for(self, batch: Batch) -> Form:
         return self.form if fits_window(batch, self.window) else "plain"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalarModel":
-        """Moves and casts the network as any module, but its mean stays float32, as scores are: bfloat16 would put 6.03 at 6.03125."""
+        """Moves and casts the network as any module, but its mean stays float32, as scores are."""
         mean = self.mean
         super()._apply(fn, recurse)
         self.mean = mean.to(self.mean.device)
@@ -260,6 +272,15 @@ def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the module's forward takes by name."""
     names = inspect.signature(module.forward).parameters
     return {k: v for k, v in arguments.items() if k in names}
+
+
+def lay_out(net: CausalPolicy | ScalarModel, batch: Batch) -> Layout:
+    """The batch in the rows that the network takes, entered in its tally."""
+    form = net.form_for(batch)
+    layout = pack(batch, form)
+    if net.tally is not None:
+        net.tally.add(batch, layout.input_ids.numel(), shared=form != "plain")
+    return layout
 
 
 def run(module: nn.Module, layout: Layout) -> Any:

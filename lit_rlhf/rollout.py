@@ -17,6 +17,7 @@ from lit_rlhf.decoding import can_share_rows, like_lengths
 from lit_rlhf.functional import gae, k1, masked_mean, token_rewards, whiten
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
+from lit_rlhf.perf import Clock
 from lit_rlhf.sharding import most
 
 CACHED_FORWARDS = 8
@@ -85,6 +86,7 @@ def collect(
     rows: Sequence[int] | None = None,
     subtract_reference: bool = False,
     tokens_per_forward: int = 16384,
+    clock: Clock | None = None,
 ) -> Rollout:
     """Samples responses for this rank's prompts and runs every network on them.
 
@@ -92,14 +94,18 @@ def collect(
         rows: the prompts' global numbers (the noise depends on them); default those of the batch.
         subtract_reference: score minus the score of the prompt's own reference response (column "reference").
         tokens_per_forward: how many tokens one forward pass may hold; sampling may hold the keys and values of 8 times as many.
+        clock: is told where sampling and where scoring begin.
     """
+    clock = clock or Clock()
     rows = list((prompts.rows or range(prompts.num_prompts)) if rows is None else rows)
     device = next(actors.policy.parameters()).device
     groups, parts = _groups(actors.policy, prompts, num_responses, sampling, CACHED_FORWARDS * tokens_per_forward), []
+    clock.begin("sampling")
     for turn in range(most(actors.policy, len(groups))):
         index = groups[turn] if turn < len(groups) else groups[0][:1]  # keeps step with the ranks that have more groups
         part = prompts.select_prompts(index).to(device)
         parts.append(sample(actors.policy, part, sampling, num_responses=num_responses, key=key, rows=[rows[i] for i in index]))
+    clock.begin("scoring")
     temperature = sampling.temperature or 1.0
     rollouts = []
     for sampled in parts:
@@ -112,6 +118,7 @@ def collect(
     rollout = in_order(join_rollouts(rollouts[: len(groups)]), [m for group in groups for m in group])
     # Last and once: a reward that raises on one rank leaves no other rank waiting in a network's forward.
     rollout.scores = score_texts(actors.scorer, rollout.batch, rollout.texts, subtract_reference).float().cpu()
+    clock.begin()
     return rollout
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 
 from lit_rlhf import PPO, SFT, AtomicCheckpointIO, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
+from lit_rlhf.callbacks import Throughput
 
 WORDS = "the cat sat on a mat and then it ate my hat".split()
 STEPS = 12
@@ -25,7 +26,7 @@ PAIRS = [{"prompt": words(i, 3 + i % 5), "chosen": words(i, 1 + i % 6), "rejecte
 
 
 class Lines(Logger):
-    """Keeps every number that is logged, under (step, name)."""
+    """Keeps every number that is logged, under (step, name), but for how fast the run was: `perf/…` depends on the machine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Lines(Logger):
         pass
 
     def log_metrics(self, metrics, step=None) -> None:
-        self.found |= {(step, name): float(value) for name, value in metrics.items()}
+        self.found |= {(step, name): float(value) for name, value in metrics.items() if not name.startswith("perf/")}
 
 
 class Stop(Exception):
@@ -118,7 +119,7 @@ def run(
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     plain = {"accelerator": "cpu", "devices": 1, "max_steps": STEPS}
     trainer = L.Trainer(
-        **(plain | quiet | kwargs), logger=lines, callbacks=[keep, *([stop] if stop else [])], plugins=[AtomicCheckpointIO()],
+        **(plain | quiet | kwargs), logger=lines, callbacks=[keep, Throughput(), *([stop] if stop else [])], plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
     )  # fmt: skip
     try:

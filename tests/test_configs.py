@@ -37,7 +37,7 @@ def test_what_was_found():
     assert len(FILES) == sum(1 for path in CONFIGS.rglob("*") if path.is_file()), "configs/ holds YAML files only, all ending in .yaml"
     stages = {f"{family}/{stage}.yaml" for family in ("quickstart", "tldr", "tldr/gptj", "local") for stage in ("sft", "reward", "ppo")}
     assert stages <= set(RUNS)
-    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp1", "multinode", "slurm")} <= set(OVERLAYS)
+    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp1", "multinode", "slurm")} | {"profile.yaml"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -58,7 +58,8 @@ def test_overlays_parse_over_a_run(overlay, name):
         if not isinstance(value, dict | list):
             assert config.trainer[key] == value
     assert config.model == alone.model and config.data == alone.data
-    assert [c.class_path for c in config.trainer.callbacks] == [c.class_path for c in alone.trainer.callbacks]
+    added = [f"lit_rlhf.{c['class_path']}" for c in given(overlay)["trainer"].get("callbacks+", [])]
+    assert [c.class_path for c in config.trainer.callbacks] == [*(c.class_path for c in alone.trainer.callbacks), *added]
 
 
 def default_of(owner: type, key: str):
@@ -69,6 +70,8 @@ def default_of(owner: type, key: str):
 def test_only_what_differs_from_the_default(name):
     config = given(name)
     for key, value in config["trainer"].items():
+        if key.endswith("+"):
+            continue
         assert value != default_of(Trainer, key), f"{name}: trainer.{key}: {value} is the default"
     holders = {"model": lit_rlhf.modules, "data": lit_rlhf.data}
     parts = [(holders[part], config[part]) for part in holders if part in config]

@@ -11,7 +11,7 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional", "attention"},
     {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"}
-    | {"report"},
+    | {"report", "perf"},
     {"decoding", "generation", "scoring", "scorers", "data"},
     {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart", "inspector"},

@@ -108,6 +108,37 @@ def test_the_mean_of_scores_is_float32(reward_dir, make_trainer, pair_rows):
     assert float(mean) != float(mean.bfloat16())
 
 
+@pytest.mark.parametrize("precision", BF16)
+def test_scores_and_values_are_float32(reward_dir, precision):
+    """The scalar head multiplies the network's bfloat16 states in float32; in bfloat16 two scores of 6 could not differ by 0.02."""
+    network, states = ScalarModel.load(reward_dir, dtype="bfloat16" if precision == "bf16-true" else "float32"), []
+    network.head.weight.data.mul_(6)
+    network.model.model.norm.register_forward_hook(lambda module, args, output: states.append(output.bfloat16()))
+    batch = Batch.of([[5, 6, 7]], [[8, 9, 1]], [0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        network.model.model.norm.register_forward_hook(lambda module, args, output: output.bfloat16())  # as a bf16 network's states are
+        found = network(batch)
+    exact = states[0][0, 2:].double() @ network.head.weight[0].double() - 0.5
+    assert found.dtype == torch.float32 and float((found[0] - exact).abs().max()) < 1e-5
+    rounded = (states[0][0, 2:] @ network.head.weight[0].bfloat16()).double() - 0.5  # what a head in bfloat16 would have given
+    assert float((rounded - exact).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("precision", BF16)
+def test_rewards_advantages_and_whitening_are_float32(make_trainer, sft_dir, reward_dir, sft_rows, precision):
+    """Whitened advantages have mean 0 and standard deviation 1 as float32 can tell them; bfloat16 would miss by 1e-3."""
+    module = PPO(sft_dir, reward_model=reward_dir, batch_size=16, whiten_rewards=True, sampling=Sampling(8, 1.0), **COMMON)
+    make_trainer(precision=precision, **QUIET).fit(module, PromptDataModule(sft_rows))
+    experience = module.experience
+    floats = {name: x for name, x in vars(experience).items() if isinstance(x, torch.Tensor)}
+    assert len(floats) == 7 and all(x.dtype == torch.float32 for x in floats.values())
+    mask = experience.batch.response_mask
+    advantages = experience.advantages[mask].double()
+    assert abs(float(advantages.mean())) < 1e-6 and float(advantages.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
+    for name in ("logprobs", "rewards", "returns", "advantages"):  # not one that bfloat16 could hold by chance
+        assert float((floats[name][mask] != floats[name][mask].bfloat16()).float().mean()) > 0.9, name
+
+
 def test_scores_and_sampling_are_float32(reward_dir, sft_dir):
     network = ScalarModel.load(reward_dir, dtype="bfloat16")
     batch = Batch.of([[5, 6, 7]], [[8, 9, 1]], [0], columns={"prompt": [""]})

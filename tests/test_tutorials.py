@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, SFTDataModule
+from lit_rlhf.callbacks import Throughput
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 SHORT = Sampling(max_new_tokens=4)
@@ -114,7 +115,7 @@ def documented() -> list[re.Pattern[str]]:
     names, last = ["epoch"], ""
     for name in re.findall(r"`([^`\n]+)`", page):
         name = last.rsplit("/", 1)[0] + name[1:] if name.startswith("…/") else name
-        if re.fullmatch(r"(train|val|rollout|ppo|data)/[^\s…]+", name):
+        if re.fullmatch(r"(train|val|rollout|ppo|data|perf)/[^\s…]+", name):
             last = name
             names += [name, re.sub("^val/", "test/", name)]
     return [re.compile(re.sub("<[^>]*>", ".+", re.escape(name))) for name in names]
@@ -129,7 +130,7 @@ def undocumented(names: set[str]) -> set[str]:
 def logged(make_trainer, module, data) -> set[str]:
     """Every name that a fit and a test of two steps log."""
     logger, seen = Names(), Seen()
-    trainer = make_trainer(max_epochs=2, logger=logger, callbacks=[seen], log_every_n_steps=1)
+    trainer = make_trainer(max_epochs=2, logger=logger, callbacks=[seen, Throughput()], log_every_n_steps=1)
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
     return logger.seen | seen.seen
@@ -148,7 +149,7 @@ def test_the_page_would_miss_a_name():
 def test_sft_logs_what_the_page_has(sft_dir, sft_rows, make_trainer):
     data = SFTDataModule(sft_rows, val_data=sft_rows[:4], test_data=sft_rows[:4], batch_size=8)
     names = logged(make_trainer, SFT(sft_dir, sampling=SHORT), data)
-    assert {"train/loss", "val/rouge_mean", "test/eos_rate", "data/train/rows"} <= names
+    assert {"train/loss", "val/rouge_mean", "test/eos_rate", "data/train/rows", "perf/update_padding"} <= names
     assert undocumented(names) == set()
 
 
@@ -164,5 +165,5 @@ def test_ppo_logs_what_the_page_has(sft_dir, sft_rows, make_trainer):
     data = PromptDataModule(sft_rows, val_data=sft_rows[:4], test_data=sft_rows[:4], ptx_data=sft_rows)
     ppo = PPO(sft_dir, reward_fn=length, sampling=SHORT, batch_size=8, ppo_epochs=2, kl_target=1.0, ptx_coef=0.1, scale_scores=True)
     names = logged(make_trainer, ppo, data)
-    assert {"rollout/score", "ppo/ptx_loss", "val/kl", "test/rouge1", "rollout/kl_coef"} <= names
+    assert {"rollout/score", "ppo/ptx_loss", "val/kl", "test/rouge1", "rollout/kl_coef", "perf/sampling_seconds"} <= names
     assert undocumented(names) == set()

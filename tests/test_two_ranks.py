@@ -37,6 +37,20 @@ def test_losses_metrics_and_weights(runs, strategy, stage):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_speed_is_counted_alike(runs, strategy, stage):
+    """Splitting weights over ranks changes no operation of a pass; two ranks together learn from one process's tokens."""
+    one, ranks = runs["one"][stage]["speed"], [rank[stage]["speed"] for rank in runs[strategy]]
+
+    def tokens(speed):
+        return speed["last"]["perf/update_tokens_per_second"] * speed["last"]["perf/update_seconds"]
+
+    assert all(rank["work"] == one["work"] for rank in ranks)
+    assert all(rank["last"].keys() == one["last"].keys() for rank in ranks)
+    assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 100
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_the_gradients_were_clipped(runs, stage):
     """A strategy that clipped by each rank's own part of the norm would therefore have moved the weights elsewhere."""
     assert sum(norm > 2 * 0.5 for norm in runs["one"][stage]["norms"]) >= 3, runs["one"][stage]["norms"]

@@ -13,6 +13,7 @@ import torch
 from strategy_zoo import strategy
 
 from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
+from lit_rlhf.callbacks import Throughput
 from lit_rlhf.sharding import gathered
 
 WORDS = "the cat sat on a mat and then it ate my hat".split()
@@ -78,10 +79,12 @@ def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
     }
     found = {}
     for name, (module, data) in stages.items():
-        fit = trainer(strategy_name)
+        fit = trainer(strategy_name, callbacks=[Throughput()], log_every_n_steps=2)
         fit.fit(module, datamodule=data)
+        callback = next(c for c in fit.callbacks if isinstance(c, Throughput))
+        speed = {"last": callback.last, "work": {name: [vars(w) for w in works] for name, works in callback.work.items()}}
         validation = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("val/")}
-        found[name] = {"steps": module.seen, "norms": getattr(module, "norms", []), "validation": validation}
+        found[name] = {"steps": module.seen, "norms": getattr(module, "norms", []), "validation": validation, "speed": speed}
         networks = module.export_networks().values()
         with gathered(fit.model) as mine:
             if mine:

@@ -39,6 +39,7 @@ from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_sta
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.perf import Clock
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.rollout import Actors, RunningMoments, Shaping, agree, collect, gather, shape
 from lit_rlhf.scoring import FunctionScorer, ModelScorer
@@ -156,7 +157,7 @@ class PPO(L.LightningModule):
         self.scorer: torch.nn.Module | None = None
         self.rouge = Rouge(tokenizer=rouge_tokenizer)
         self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
-        self.meter, self.run, self.journal = StepMeter(), RunRecord(), Journal()
+        self.meter, self.run, self.journal, self.clock = StepMeter(), RunRecord(), Journal(), Clock()
         self.samples: list[dict[str, Any]] = []
         self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
         self.experience: Experience | None = None
@@ -251,7 +252,7 @@ class PPO(L.LightningModule):
         prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else self.iteration, self.num_prompts)
         mine = range(rank * self.num_prompts // world, (rank + 1) * self.num_prompts // world)
         setting = {"num_responses": self.responses_per_prompt, "tokens_per_forward": self.tokens_per_forward, "rows": mine}
-        setting |= {"key": (run_seed(), self.iteration), "subtract_reference": self.reward_baseline == "reference"}
+        setting |= {"key": (run_seed(), self.iteration), "subtract_reference": self.reward_baseline == "reference", "clock": self.clock}
         with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):  # networks only: bf16-true rounds all else
             rollout = gather(lambda: collect(self.actors, prompts.select_prompts(mine), self.sampling, **setting))
         found = signs(rollout.texts, rollout.batch.response_ids, rollout.batch.response_mask, rollout.finished)
@@ -268,6 +269,7 @@ class PPO(L.LightningModule):
             )
         self.journal.entries = []
         self.journal.add(self, {f"rollout/{name}": value for name, value in stats.items()})
+        self.clock.begin("update")
 
     def micro_batch(self, position: int) -> tuple[Experience, int]:
         """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens over all ranks.

@@ -1,40 +1,15 @@
 """How long a run takes: its floating-point operations and weight reads, divided by what a device does in a second."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from lit_rlhf.perf import Passed, Work, backward_work, forward_work
 from lit_rlhf.planning.job import Job
 
 FLOPS_PER_BYTE = 200.0  # of data-sheet GPUs: A100 312e12 / 2.0e12 = 156, H100 990e12 / 3.35e12 = 296
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations and bytes of weights that one forward pass of a network takes."""
-
-    per_token: float
-    """Operations of one token: 2 for every weight of a matrix product, the language-model head's not counted."""
-    head: float
-    """Operations of the head on one token."""
-    attention: float
-    """Operations of one token per token that it attends to."""
-    read: float
-    """Bytes of weights read by one decoding step."""
-
-
-def work(network: nn.Module, config: Any, precision: str) -> Work:
-    """The Work of a network: built from its linear layers (transformers' Conv1D too) and its config."""
-    head = network.lm.get_output_embeddings() if hasattr(network, "lm") else None
-    sizes = [m.weight.numel() for m in network.modules() if m is not head and type(m).__name__ in ("Linear", "Conv1D")]
-    head_size = head.weight.numel() if head is not None else 0
-    text = config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    read = sum(p.numel() for p in network.parameters()) * (4 if precision == "32-true" else 2)
-    return Work(2.0 * sum(sizes), 2.0 * head_size, 4.0 * text.num_hidden_layers * width, float(read))
 
 
 def steps_of(job: Job) -> int | None:
@@ -48,40 +23,37 @@ def steps_of(job: Job) -> int | None:
     return min(limits, default=None)
 
 
-def seconds_per_step(job: Job, works: dict[str, Work], flops: float, bandwidth: float) -> dict[str, float]:
+def seconds_per_step(job: Job, networks: Mapping[str, nn.Module], flops: float, bandwidth: float) -> dict[str, float]:
     """Seconds of one optimiser step on all devices together, by what takes them; PPO's sampling and scoring are shared among its steps.
 
-    A step with gradient takes three forward passes (backward is two), frozen layers and adapters too; the chunked head one more, and the
-    blocks one more with `activation_checkpointing`. Decoding takes the longer of its operations and of reading the weights once a token.
+    A step with gradient takes a forward pass and `backward_work`; the head one pass more, and the blocks one more with
+    `activation_checkpointing`. Decoding takes the longer of its operations and of reading the weights once a token.
     """
-    total = flops * job.world
-    trees, paths = job.prompts_per_step, job.prompts_per_step * job.responses
+    total, tokens = flops * job.world, job.prompts_per_step * job.tree_tokens
+    scored = job.prompts_per_step * (job.responses * job.response_tokens + job.prompt_loss * job.prompt_tokens)
+    seen = Passed(tokens=tokens, attended=tokens * (job.prompt_tokens + job.response_tokens) // 2, scored=scored)  # half a path on average
+    again = seen if job.model.activation_checkpointing else Passed(scored=scored)
+    forward, backward = ({role: make(n) for role, n in networks.items()} for make in (forward_work, backward_work))
     trained = {"sft": ["policy"], "reward": ["reward"], "ppo": ["policy", "value"]}[job.stage]
-    scored = paths * job.response_tokens + (trees * job.prompt_tokens if job.prompt_loss else 0)
-    passes = {role: trees * job.tree_tokens * _token(job, w) for role, w in works.items()}
-    through = 4 if job.model.activation_checkpointing else 3
-    training = sum(through * passes[role] + 4 * scored * works[role].head for role in trained) / total
+    training = sum(forward[role].of(seen) + backward[role].of(seen) + forward[role].of(again) for role in trained) / total
     if job.stage != "ppo":
         return {"training": training}
     steps = job.model.ppo_epochs * job.model.minibatches
     share = job.model.minibatches / steps  # an iteration's responses are minibatches x a step's
-    scoring = sum(passes[role] + scored * w.head for role, w in works.items())
-    scoring += passes["policy"] + scored * works["policy"].head if "reference" not in works else 0
-    return {"training": training, "scoring": scoring / total * share, "sampling": _sampling(job, works["policy"], flops, bandwidth) / steps}
+    scoring = sum(w.of(seen) for w in forward.values()) + (forward["policy"].of(seen) if "reference" not in networks else 0)
+    read = sum(p.numel() for p in networks["policy"].parameters()) * (4 if job.precision == "32-true" else 2)
+    sampling = _sampling(job, forward["policy"], read, flops, bandwidth)
+    return {"training": training, "scoring": scoring / total * share, "sampling": sampling / steps}
 
 
-def _token(job: Job, w: Work) -> float:
-    """Operations of one token of a tree in one forward pass; it attends to half a path on average."""
-    return w.per_token + w.attention * (job.prompt_tokens + job.response_tokens) / 2
-
-
-def _sampling(job: Job, w: Work, flops: float, bandwidth: float) -> float:
-    """Seconds in which every rank samples its share of an iteration's responses."""
+def _sampling(job: Job, w: Work, read: float, flops: float, bandwidth: float) -> float:
+    """Seconds in which every rank samples its share of an iteration's responses; `read`: the bytes of weights that a token takes."""
     rows = -(-job.batch_size // job.world)
-    prefill = rows / job.responses * job.prompt_tokens * _token(job, w)
+    prompts = rows / job.responses * job.prompt_tokens
+    prefill = prompts * (w.per_token + w.attention * (job.prompt_tokens + job.response_tokens) / 2)
     groups = -(-rows // 256)
     decoded = rows * job.response_tokens * (w.per_token + w.head + w.attention * (job.prompt_tokens + job.response_tokens / 2))
-    return prefill / flops + max(decoded / flops, groups * job.response_tokens * w.read / bandwidth)
+    return prefill / flops + max(decoded / flops, groups * job.response_tokens * read / bandwidth)
 
 
 def measured_flops(accelerator: str, precision: str) -> tuple[float, str]:

@@ -87,7 +87,7 @@ def plan(options: Any, args: Sequence[str]) -> int:
     found = list(overlays(job, trials)) if limit is not None else []
     cells = list(table(job, trials)) if options.table else []
     size = sizes(job, shells)
-    hour = estimate(job, sources, shells, options)
+    hour = estimate(job, shells, options)
     out = {"asked": report.as_json(asked), "limit": limit, "parameters": size["parameters"], "checkpoint": checkpoint(asked, size)}
     out |= {"hours": hour, "overlays": [report.as_json(t) for t in found], "table": [report.as_json(t) for t in cells], "notes": job.notes}
     if options.json == "-":
@@ -149,12 +149,11 @@ def checkpoint(asked: Trial, size: dict[str, Any]) -> int:
     return int(size["weights"] + (asked.memory.optimizer if asked.memory else 0) * ranks)
 
 
-def estimate(job: Job, sources: dict[str, Source], shells: Shells, options: Any) -> dict[str, Any]:
+def estimate(job: Job, shells: Shells, options: Any) -> dict[str, Any]:
     """Seconds of a step and hours of the run, with where the figures come from."""
     flops, where = (options.flops, "given") if options.flops else hours.measured_flops(job.accelerator, job.precision)
     bandwidth = options.bandwidth or flops / hours.FLOPS_PER_BYTE
-    works = {role: hours.work(n, sources.get(role, sources["policy"]).config, job.precision) for role, n in shells.present().items()}
-    seconds = hours.seconds_per_step(job, works, flops, bandwidth)
+    seconds = hours.seconds_per_step(job, shells.present(), flops, bandwidth)
     steps = hours.steps_of(job)
     total = None if steps is None else steps * sum(seconds.values()) / 3600
     return {"flops": flops, "from": where, "bandwidth": bandwidth, "seconds_per_step": seconds, "steps": steps, "hours": total}

@@ -245,7 +245,7 @@ class Run:
 
     def _scalar_forward(self, network: ScalarModel, layout: Layout) -> Tensor:
         states = layout.states(run(network.model.base_model, layout).last_hidden_state)
-        return network.head(states).squeeze(-1).float() - network.mean
+        return network.scalars(states) - network.mean
 
     # PPO's phases without gradient
 

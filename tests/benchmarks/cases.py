@@ -52,8 +52,8 @@ def pair(name: str, stage: str, steps: int, **more) -> list[Run]:  # type: ignor
 PPO = {"batch": 32}
 CASES = {
     "sft": Case(pair("sft", "sft", 6), [Ratio("SFT, Debian, 16 rows a step", "sft_ours", "sft_trl", "rows/s", 3.5)]),
-    "reward": Case(pair("reward", "reward", 5), [Ratio("reward, Debian, 16 pairs a step", "reward_ours", "reward_trl", "pairs/s", 5.0)]),
-    "hh": Case(pair("hh", "reward", 5, rows="hh"), [Ratio("reward, HH data, 16 pairs a step", "hh_ours", "hh_trl", "pairs/s", 4.0)]),
+    "reward": Case(pair("reward", "reward", 10), [Ratio("reward, Debian, 16 pairs a step", "reward_ours", "reward_trl", "pairs/s", 5.0)]),
+    "hh": Case(pair("hh", "reward", 8, rows="hh"), [Ratio("reward, HH data, 16 pairs a step", "hh_ours", "hh_trl", "pairs/s", 4.0)]),
     "ppo": Case(
         [
             *pair("ppo", "ppo", 1, **PPO),
