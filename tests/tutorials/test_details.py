@@ -184,7 +184,9 @@ def quick(tmp_path_factory) -> Path:
     save_file(weights, path / "init" / "model.safetensors", {"format": "pt"})
     shutil.copytree(path / "init", path / "sft" / "hf")
     torch.manual_seed(1)
-    ScalarModel.load(str(path / "init"), head="new").save(path / "reward" / "hf")
+    reward = ScalarModel.load(str(path / "init"), head="new")
+    reward.set_mean(0.5)
+    reward.save(path / "reward" / "hf")
     return path
 
 
