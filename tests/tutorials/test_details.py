@@ -287,7 +287,15 @@ def test_what_has_a_result_is_not_run_again(scripts, quick, tmp_path, monkeypatc
 
 def written(work, name, seed, gold, **more):
     """A result of two posts."""
-    content = {"variant": name, "seed": seed, "gold": gold, "kl": [1.0, 2.0], "score": [0.0, 0.0], "length": [3, 5]} | more
+    content = {
+        "variant": name,
+        "seed": seed,
+        "gold": gold,
+        "kl": [1.0, 2.0],
+        "scores": [0.0, 0.0],
+        "lengths": [3, 5],
+        "texts": [name, "b"],
+    } | more
     if name != "sft":
         first = {"rollout/sampling_gap_max": 1e-6, "ppo/ratio_max_dev": 1e-6, "rollout/kl": -1e-6}
         content = {"stopped": None, "collapsed": None, "diary": [first | more.get("first", {})]} | content
@@ -301,7 +309,9 @@ def test_findings_by_hand(scripts, tmp_path):
         written(tmp_path, "sft", seed, [1.0, 2.0])
         written(tmp_path, "default", seed, [3.0, 4.0])
         written(tmp_path, "no-kl", seed, [3.5, 4.7])  # differs by 0.6 on both seeds: the error is the noise's, 0.1225; 4.9 errors
-        written(tmp_path, "adam-eps", seed, [[2.8, 4.0], [3.0, 4.4]][seed])  # -0.1, 0.2: sd 0.2121 is above the noise, error 0.15
+        written(
+            tmp_path, "adam-eps", seed, [[2.8, 4.0], [3.0, 4.4]][seed], texts=["default", "b"]
+        )  # -0.1, 0.2: sd 0.2121 is above the noise, error 0.15
         written(tmp_path, "gamma", seed, [2.0, 3.0])  # -1 on both, 0.5 below which is SFT
         written(tmp_path, "kl-sign", seed, [-3.0, 0.0], collapsed=None)  # -5, and below SFT
         written(tmp_path, "dropout", seed, [2.5, 3.5], first={"ppo/ratio_max_dev": 0.25})
@@ -325,6 +335,7 @@ def test_findings_by_hand(scripts, tmp_path):
     assert found["again-1"].difference == pytest.approx(0.1)
     assert (found["no-kl"].kl, found["no-kl"].length, found["no-kl"].gold) == pytest.approx((1.5, 4, 4.1))
     assert found["dropout"].signs == "ratio off 1 by up to 0.25" and found["gamma"].signs == ""
+    assert found["adam-eps"].signs == "the default's texts to the letter"
     assert page.judge(1.0, 2.0, 0.1, ended=True) == "breaks"
     assert {f.variant.name for f in page.findings(rows)} == set(page.bars(list(found.values())).names) - {"again"} | {"again-1"}
 

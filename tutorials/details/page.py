@@ -25,7 +25,7 @@ SIGNS = {  # of the first iteration, where a right PPO has 0 but for rounding
     "ppo/ratio_max_dev": ("ratio off 1 by up to", 1e-3),
     "rollout/kl": ("KL", 1e-3),
 }
-MEASURED = ("gold", "kl", "score", "length")
+MEASURED = {"gold": "gold", "kl": "kl", "score": "scores", "length": "lengths"}  # as in `evaluate.Summaries`
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Finding:
 def read(work: Path) -> list[dict[str, Any]]:
     """Of every run in the folder: means over the posts, the paired difference from the default, and what its first iteration showed."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.glob("*.json"))]
-    default = {run["seed"]: run["gold"] for run in runs if run["variant"] == DEFAULT.name}
+    default = {run["seed"]: run for run in runs if run["variant"] == DEFAULT.name}
     rows = []
     for run in runs:
         if run["seed"] not in default:
             continue
         row = {name: run[name] for name in ("variant", "seed", "stopped", "collapsed", "as_quickstart") if name in run}
-        row |= {name: round(fmean(run[name]), 5) for name in MEASURED}
-        paired = [a - b for a, b in zip(run["gold"], default[run["seed"]], strict=True)]
+        row |= {name: round(fmean(run[values]), 5) for name, values in MEASURED.items()}
+        own = default[run["seed"]]
+        paired = [a - b for a, b in zip(run["gold"], own["gold"], strict=True)]
+        row["same_texts"] = sum(a == b for a, b in zip(run["texts"], own["texts"], strict=True))
         row |= {"difference": round(fmean(paired), 5), "posts": len(paired), "posts_error": round(stdev(paired) / len(paired) ** 0.5, 5)}
         if run.get("diary"):
             row["first"] = {name: float(f"{run['diary'][0][name]:.3g}") for name in SIGNS}
@@ -77,17 +79,17 @@ def of(rows: Sequence[dict[str, Any]], names: set[str]) -> list[dict[str, Any]]:
 def finding(variant: Variant, names: set[str], rows: Sequence[dict[str, Any]]) -> Finding:
     """The variant's row; its error is the larger of its own spread over seeds and that of the default run again, over root S."""
     found, sft = of(rows, names), {r["seed"]: r["gold"] for r in of(rows, {"sft"})}
-    count = len(found)
+    count = len({r["seed"] for r in found})
     difference, worst = [r["difference"] for r in found], noise(rows)
-    error = max(stdev(difference) if count > 1 else 0.0, worst) / count**0.5
+    error = max(spread(difference), worst) / count**0.5
     above_sft = fmean(r["gold"] - sft[r["seed"]] for r in found)
     kls = [r["kl"] for r in found]
-    kl_error = stdev(kls) / count**0.5 if count > 1 else 0.0
+    kl_error = spread(kls) / count**0.5
     verdict = judge(fmean(difference), above_sft, error, any(r["stopped"] or r["collapsed"] is not None for r in found))
     means = {name: fmean(r[name] for r in found) for name in MEASURED}
     return Finding(
         variant,
-        len({r["seed"] for r in found}),
+        count,
         means["gold"],
         fmean(difference),
         error,
@@ -97,6 +99,11 @@ def finding(variant: Variant, names: set[str], rows: Sequence[dict[str, Any]]) -
         verdict,
         signs(found),
     )
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation, 0 where there is one value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def judge(difference: float, above_sft: float, error: float, ended: bool) -> str:
@@ -114,6 +121,8 @@ def signs(found: Sequence[dict[str, Any]]) -> str:
     for name, (words, limit) in SIGNS.items():
         worst = max((r["first"][name] for r in found), key=abs)
         said += [f"{words} {worst:.2g}"] if abs(worst) > limit else []
+    if all(r["same_texts"] == r["posts"] for r in found):
+        said.append("the default's texts to the letter")
     ended = [r["collapsed"] for r in found if r["collapsed"] is not None]
     said += [f"collapse seen at iteration {min(ended)}"] if ended else []
     said += ["stopped: not finite"] if any(r["stopped"] for r in found) else []
@@ -148,15 +157,16 @@ def table(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> str:
         part = of(rows, {name})
         gold, kl = [r["difference"] for r in part], [r["kl"] for r in part]
         error = f" ± {stdev(gold) / len(gold) ** 0.5:.2f}" if name == "sft" and len(gold) > 1 else ""
-        spread = f" ± {stdev(kl) / len(kl) ** 0.5:.2f}" if name != "sft" and len(kl) > 1 else ""
+        around = f" ± {stdev(kl) / len(kl) ** 0.5:.2f}" if name != "sft" and len(kl) > 1 else ""
         level = fmean(r["gold"] for r in part)
-        lines.append(f"| | {label}: gold {level:.2f} | | | {signed(fmean(gold))}{error} | {fmean(kl):.2f}{spread} | | |")
+        lines.append(f"| | {label}: gold {level:.2f} | | | {signed(fmean(gold))}{error} | {fmean(kl):.2f}{around} | | |")
     for f in found:
         v = f.variant
         changed = how(v) if v not in AGAIN else "`seed_everything`"
         cells = [v.group, v.detail if v not in AGAIN else "other order of prompts, other sampling noise; twice a seed", v.source, changed]
         mark = f"**{f.verdict}**" if f.verdict != VERDICTS[-1] else f.verdict
-        cells += [f"{signed(f.difference)} ± {f.error:.2f}", f"{f.kl:.2f} ± {f.kl_error:.2f}", mark, f.signs]
+        kl = f"{f.kl:.2f}" + (f" ± {f.kl_error:.2f}" if f.seeds > 1 else "")
+        cells += [f"{signed(f.difference)} ± {f.error:.2f}", kl, mark, f.signs]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -167,10 +177,10 @@ def summary(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> str:
     same = [r["as_quickstart"] for r in rows if "as_quickstart" in r]
     counts = ", ".join(f"{sum(f.verdict == v for f in found if f.variant not in AGAIN)} {v}" for v in VERDICTS)
     runs = sum(r["variant"] != "sft" for r in rows)
-    bits = f"The default's weights are those that `lit-rlhf quickstart` left, bit for bit, on {sum(same)} of {len(same)} seeds."
+    bits = f" The default's weights are those that `lit-rlhf quickstart` left, bit for bit, on {sum(same)} of {len(same)} seeds."
     return (
-        f"{runs} runs on {seeds} seeds, {posts} held-out posts each. {bits} The default run again with other noise differs from itself by "
-        f"{noise(rows):.3f} (standard deviation of one seed's difference). Verdicts: {counts}."
+        f"{runs} runs on {seeds} seeds, {posts} held-out posts each.{bits if any(same) else ''} The default run again with other noise "
+        f"differs from itself by {noise(rows):.3f} (standard deviation of one seed's difference). Verdicts: {counts}."
     )
 
 
@@ -192,7 +202,7 @@ def bars(found: Sequence[Finding]) -> Bars:
 
 
 def scatter(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Plot:
-    """Gold against KL, a colour for each verdict; what differs from the default bears its name."""
+    """Gold against sqrt(KL), a colour for each verdict; what differs from the default bears its name."""
     default = of(rows, {DEFAULT.name})
     sft = fmean(r["gold"] for r in of(rows, {"sft"}))
     own = Finding(DEFAULT, 0, fmean(r["gold"] for r in default), 0, 0, fmean(r["kl"] for r in default), 0, 0, "default", "")
@@ -204,9 +214,9 @@ def scatter(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Plot:
             hints = [f"{f.variant.name}: gold {f.gold:.2f} at {f.kl:.2f} nats" for f in part]
             labels = ["" for f in part] if verdict in (VERDICTS[-1], "default") else names
             low, high = ([f.gold + side * f.error for f in part] for side in (-1, 1))
-            kls = [max(f.kl, 0.05) for f in part]
-            series.append(Series(verdict, kls, [f.gold for f in part], low, high, "points", hints, labels))
-    return Plot("Gold reward against KL", "KL to SFT (nats, log)", "gold reward", series, levels={"SFT": sft}, x_log=True)
+            distance = [max(f.kl, 0.0) ** 0.5 for f in part]
+            series.append(Series(verdict, distance, [f.gold for f in part], low, high, "points", hints, labels))
+    return Plot("Gold reward against KL", "sqrt(KL to SFT) (nats^½)", "gold reward", series, levels={"SFT": sft}, x_range=(0, 0))
 
 
 def replace(name: str, text: str) -> None:
