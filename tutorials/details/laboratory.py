@@ -1,6 +1,6 @@
 """Runs PPO on the quickstart with each known detail switched off or broken in turn (variants.py), and measures what it cost.
 
-    python tutorials/details/laboratory.py WORK FOLDER_OF_SEED_0 FOLDER_OF_SEED_1 FOLDER_OF_SEED_2 [--only NAME …] [--part 0/2]
+    python tutorials/details/laboratory.py WORK FOLDER_OF_SEED_0 FOLDER_OF_SEED_1 FOLDER_OF_SEED_2 [--only NAME …] [--seeds S …] [--part 0/2]
     python tutorials/details/page.py WORK
 
 Each folder is what `lit-rlhf quickstart --out FOLDER --seed S` left: SFT and the reward model are made once a seed. WORK gets one
@@ -9,11 +9,12 @@ file a variant and seed; what is there is not run again. `--part i/n` runs every
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,9 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def jobs(seeds: int, only: list[str]) -> Iterator[tuple[Variant, int]]:
+def jobs(seeds: Iterable[int], only: list[str]) -> Iterator[tuple[Variant, int]]:
     """All of one seed before the next."""
-    for seed in range(seeds):
+    for seed in seeds:
         yield from ((variant, seed) for variant in VARIANTS if not only or variant.name in only)
 
 
@@ -154,15 +155,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("quickstarts", type=Path, nargs="+", help="of the seeds 0, 1, …")
     parser.add_argument("--only", nargs="*", default=[], choices=[v.name for v in VARIANTS], metavar="NAME")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="default all")
     parser.add_argument("--part", default="0/1")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     cli.quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     part, parts = map(int, args.part.split("/"))
     judges: dict[int, Judge] = {}
     with quiet():
-        for number, (variant, seed) in enumerate(jobs(len(args.quickstarts), args.only)):
+        for number, (variant, seed) in enumerate(jobs(args.seeds or range(len(args.quickstarts)), args.only)):
             if number % parts != part:
                 continue
             quick = args.quickstarts[seed]
