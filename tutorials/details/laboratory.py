@@ -1,9 +1,9 @@
 """Runs PPO on the quickstart with each known detail switched off or broken in turn (variants.py), and measures what it cost.
 
-    python tutorials/details/laboratory.py WORK FOLDER_OF_SEED_0 FOLDER_OF_SEED_1 FOLDER_OF_SEED_2 [--only NAME …] [--seeds S …] [--part 0/2]
+    python tutorials/details/laboratory.py WORK SEED_0 SEED_1 SEED_2 [--only NAME …] [--seeds S …] [--part 0/2]
     python tutorials/details/page.py WORK
 
-Each folder is what `lit-rlhf quickstart --out FOLDER --seed S` left: SFT and the reward model are made once a seed. WORK gets one
+SEED_S is the folder that `lit-rlhf quickstart --out FOLDER --seed S` left: SFT and the reward model are made once a seed. WORK gets one
 file a variant and seed; what is there is not run again. `--part i/n` runs every n-th of what is left, for n processes side by side.
 """
 
