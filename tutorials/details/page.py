@@ -19,7 +19,8 @@ from lit_rlhf.report.svg import standalone
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "details.md"
 LIMIT = 2.5  # standard errors that make a difference: with so many comparisons 2 would call one or two by chance
-VERDICTS = ("breaks", "costs", "gains", "no difference seen")
+VERDICTS = ("breaks", "costs", "gains", "no difference seen", "one seed: not judged")
+QUIET = VERDICTS[3:]  # not bold in the table
 SIGNS = {  # of the first iteration, where a right PPO has 0 but for rounding
     "rollout/sampling_gap_max": ("log-probs off the sampler's by up to", 1e-3),
     "ppo/ratio_max_dev": ("ratio off 1 by up to", 1e-3),
@@ -85,7 +86,8 @@ def finding(variant: Variant, names: set[str], rows: Sequence[dict[str, Any]]) -
     above_sft = fmean(r["gold"] - sft[r["seed"]] for r in found)
     kls = [r["kl"] for r in found]
     kl_error = spread(kls) / count**0.5
-    verdict = judge(fmean(difference), above_sft, error, any(r["stopped"] or r["collapsed"] is not None for r in found))
+    ended = any(r["stopped"] or r["collapsed"] is not None for r in found)
+    verdict = judge(fmean(difference), above_sft, error, ended) if count > 1 else VERDICTS[4]
     means = {name: fmean(r[name] for r in found) for name in MEASURED}
     return Finding(
         variant,
@@ -151,22 +153,22 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def table(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> str:
-    head = "part | detail | source | how | gold − default | KL (nats) | verdict | seen in the first iteration"
-    lines = [f"| {head} |", "| --- | --- | --- | --- | ---: | ---: | --- | --- |"]
+    head = "part | detail | source | how | seeds | gold − default | KL (nats) | verdict | seen in the first iteration"
+    lines = [f"| {head} |", "| --- | --- | --- | --- | ---: | ---: | ---: | --- | --- |"]
     for name, label in (("sft", "SFT"), (DEFAULT.name, "default")):
         part = of(rows, {name})
         gold, kl = [r["difference"] for r in part], [r["kl"] for r in part]
         error = f" ± {stdev(gold) / len(gold) ** 0.5:.2f}" if name == "sft" and len(gold) > 1 else ""
         around = f" ± {stdev(kl) / len(kl) ** 0.5:.2f}" if name != "sft" and len(kl) > 1 else ""
         level = fmean(r["gold"] for r in part)
-        lines.append(f"| | {label}: gold {level:.2f} | | | {signed(fmean(gold))}{error} | {fmean(kl):.2f}{around} | | |")
+        lines.append(f"| | {label}: gold {level:.2f} | | | {len(part)} | {signed(fmean(gold))}{error} | {fmean(kl):.2f}{around} | | |")
     for f in found:
         v = f.variant
         changed = how(v) if v not in AGAIN else "`seed_everything`"
         cells = [v.group, v.detail if v not in AGAIN else "other order of prompts, other sampling noise; twice a seed", v.source, changed]
-        mark = f"**{f.verdict}**" if f.verdict != VERDICTS[-1] else f.verdict
+        mark = f"**{f.verdict}**" if f.verdict not in QUIET else f.verdict
         kl = f"{f.kl:.2f}" + (f" ± {f.kl_error:.2f}" if f.seeds > 1 else "")
-        cells += [f"{signed(f.difference)} ± {f.error:.2f}", kl, mark, f.signs]
+        cells += [str(f.seeds), f"{signed(f.difference)} ± {f.error:.2f}", kl, mark, f.signs]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -175,13 +177,21 @@ def summary(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> str:
     """How many of which verdict, from how many runs, and how large the noise is."""
     seeds, posts = len({r["seed"] for r in rows}), rows[0]["posts"]
     same = [r["as_quickstart"] for r in rows if "as_quickstart" in r]
-    counts = ", ".join(f"{sum(f.verdict == v for f in found if f.variant not in AGAIN)} {v}" for v in VERDICTS)
+    numbers = {v: sum(f.verdict == v for f in found if f.variant not in AGAIN) for v in VERDICTS}
+    counts = ", ".join(f"{n} {v}" for v, n in numbers.items() if n or v not in QUIET)
     runs = sum(r["variant"] != "sft" for r in rows)
     bits = f" The default's weights are those that `lit-rlhf quickstart` left, bit for bit, on {sum(same)} of {len(same)} seeds."
     return (
         f"{runs} runs on {seeds} seeds, {posts} held-out posts each.{bits if any(same) else ''} The default run again with other noise "
-        f"differs from itself by {noise(rows):.3f} (standard deviation of one seed's difference). Verdicts: {counts}."
+        f"differs from itself by {noise(rows):.3f} (standard deviation of one seed's difference). Verdicts: {counts}.{missing(rows)}"
     )
+
+
+def missing(rows: Sequence[dict[str, Any]]) -> str:
+    """Which variants have not been run at all, so that the page never looks complete when it is not."""
+    there = {r["variant"] for r in rows}
+    absent = [f"`{v.name}`" for v in VARIANTS if v.name not in there]
+    return f" Not run yet: {', '.join(absent)}." if absent else ""
 
 
 def bars(found: Sequence[Finding]) -> Bars:
@@ -212,7 +222,7 @@ def scatter(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Plot:
         if part:
             names = [f.variant.name for f in part]
             hints = [f"{f.variant.name}: gold {f.gold:.2f} at {f.kl:.2f} nats" for f in part]
-            labels = ["" for f in part] if verdict in (VERDICTS[-1], "default") else names
+            labels = ["" for f in part] if verdict in ("default", VERDICTS[3]) else names
             low, high = ([f.gold + side * f.error for f in part] for side in (-1, 1))
             distance = [max(f.kl, 0.0) ** 0.5 for f in part]
             series.append(Series(verdict, distance, [f.gold for f in part], low, high, "points", hints, labels))
