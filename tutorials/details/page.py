@@ -39,6 +39,7 @@ class Finding:
     difference: float
     error: float
     kl: float
+    kl_difference: float
     kl_error: float
     length: float
     verdict: str
@@ -57,6 +58,7 @@ def read(work: Path) -> list[dict[str, Any]]:
         row |= {name: round(fmean(run[values]), 5) for name, values in MEASURED.items()}
         own = default[run["seed"]]
         paired = [a - b for a, b in zip(run["gold"], own["gold"], strict=True)]
+        row["kl_difference"] = round(fmean(run["kl"]) - fmean(own["kl"]), 5)
         row["same_texts"] = sum(a == b for a, b in zip(run["texts"], own["texts"], strict=True))
         row |= {"difference": round(fmean(paired), 5), "posts": len(paired), "posts_error": round(stdev(paired) / len(paired) ** 0.5, 5)}
         if run.get("diary"):
@@ -96,6 +98,7 @@ def finding(variant: Variant, names: set[str], rows: Sequence[dict[str, Any]]) -
         fmean(difference),
         error,
         means["kl"],
+        fmean(r["kl_difference"] for r in found),
         kl_error,
         means["length"],
         verdict,
@@ -181,10 +184,11 @@ def summary(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> str:
     counts = ", ".join(f"{n} {v}" for v, n in numbers.items() if n or v not in QUIET)
     runs = sum(r["variant"] != "sft" for r in rows)
     bits = f" The default's weights are those that `lit-rlhf quickstart` left, bit for bit, on {sum(same)} of {len(same)} seeds."
-    return (
-        f"{runs} runs on {seeds} seeds, {posts} held-out posts each.{bits if any(same) else ''} The default run again with other noise "
-        f"differs from itself by {noise(rows):.3f} (standard deviation of one seed's difference). Verdicts: {counts}.{missing(rows)}"
+    measured = f"{runs} runs on {seeds} seed{'s' if seeds > 1 else ''}, {posts} held-out posts each.{bits if any(same) else ''}"
+    again = (
+        f"The default run again with other noise differs from itself by {noise(rows):.3f} (standard deviation of one seed's difference)."
     )
+    return f"{measured} {again} Verdicts: {counts}.{missing(rows)}"
 
 
 def missing(rows: Sequence[dict[str, Any]]) -> str:
@@ -211,21 +215,29 @@ def bars(found: Sequence[Finding]) -> Bars:
     )
 
 
+def stands_out(f: Finding, kl: float) -> bool:
+    """Whether there is room for its name: an error or a fifth of a root nat away from the default."""
+    return abs(f.difference) > f.error > 0 or abs(max(kl + f.kl_difference, 0.0) ** 0.5 - kl**0.5) > 0.2
+
+
 def scatter(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Plot:
-    """Gold against sqrt(KL), a colour for each verdict; what differs from the default bears its name."""
+    """Gold against sqrt(KL), a colour for each verdict; what stands apart from the default bears its name.
+
+    Both are the default's plus the difference from it on the same seeds, so that variants with fewer seeds lie right too.
+    """
     default = of(rows, {DEFAULT.name})
     sft = fmean(r["gold"] for r in of(rows, {"sft"}))
-    own = Finding(DEFAULT, 0, fmean(r["gold"] for r in default), 0, 0, fmean(r["kl"] for r in default), 0, 0, "default", "")
+    own = Finding(DEFAULT, 0, fmean(r["gold"] for r in default), 0, 0, fmean(r["kl"] for r in default), 0, 0, 0, "default", "")
     series = []
-    for verdict in ("default", *reversed(VERDICTS)):
+    for verdict in (*reversed(VERDICTS), "default"):  # the default on top
         part = [own] if verdict == "default" else [f for f in found if f.verdict == verdict and f.variant not in AGAIN]
         if part:
-            names = [f.variant.name for f in part]
             hints = [f"{f.variant.name}: gold {f.gold:.2f} at {f.kl:.2f} nats" for f in part]
-            labels = ["" for f in part] if verdict in ("default", VERDICTS[3]) else names
-            low, high = ([f.gold + side * f.error for f in part] for side in (-1, 1))
-            distance = [max(f.kl, 0.0) ** 0.5 for f in part]
-            series.append(Series(verdict, distance, [f.gold for f in part], low, high, "points", hints, labels))
+            labels = [f.variant.name if stands_out(f, own.kl) else "" for f in part]
+            golds = [own.gold + f.difference for f in part]
+            low, high = ([y + side * f.error for y, f in zip(golds, part, strict=True)] for side in (-1, 1))
+            distance = [max(own.kl + f.kl_difference, 0.0) ** 0.5 for f in part]
+            series.append(Series(verdict, distance, golds, low, high, "points", hints, labels))
     return Plot("Gold reward against KL", "sqrt(KL to SFT) (nats^½)", "gold reward", series, levels={"SFT": sft}, x_range=(0, 0))
 
 
