@@ -237,7 +237,7 @@ def scatter(found: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Plot:
             golds = [own.gold + f.difference for f in part]
             low, high = ([y + side * f.error for y, f in zip(golds, part, strict=True)] for side in (-1, 1))
             distance = [max(own.kl + f.kl_difference, 0.0) ** 0.5 for f in part]
-            series.append(Series(verdict, distance, golds, low, high, "points", hints, labels))
+            series.append(Series(verdict, distance, golds, low, high, "points", hints, labels=labels))
     return Plot("Gold reward against KL", "sqrt(KL to SFT) (nats^½)", "gold reward", series, levels={"SFT": sft}, x_range=(0, 0))
 
 
