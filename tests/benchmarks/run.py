@@ -23,7 +23,7 @@ from report import machine, summary, terminal_table, write_chart
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-OTHERS = 0.1  # processor seconds a second
+OTHERS = 0.2  # processor seconds a second
 
 
 def options() -> argparse.Namespace:
