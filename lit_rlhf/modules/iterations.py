@@ -1,183 +1,127 @@
-"""Iterations: for modules that sample, learn from that for some optimiser steps, and sample again; each is one Lightning epoch.
+"""What modules that learn from their own samples share (PPO, RLOO): drawing an iteration's responses, its minibatches, validation.
 
-As in PPO the counters here say where a run stands, never Lightning's, and a checkpoint in mid-iteration holds what the rest of it learns
-from.
+One Lightning epoch is one iteration. `module` has the networks, settings and counters of PPO (`iteration`, `position`, `experience`, …);
+only those counters say where an iteration stands, never Lightning's.
 """
 
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch, Experience
-from lit_rlhf.checkpoints import load, save
+from lit_rlhf.collapse import sign_stats, signs
 from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
-from lit_rlhf.generation import Sampling
-from lit_rlhf.modules.ppo_state import Journal
-from lit_rlhf.rollout import agree
-from lit_rlhf.scoring import check_reward_fn
-from lit_rlhf.sharding import shards
-from lit_rlhf.strategies import check_strategy
-
-KEY = "iterations"
-
-
-class Iterations:
-    """Where a run stands: the iteration's number, the micro-batch within it, and the data that it learns from (on the CPU, of all ranks).
-
-    Args:
-        epochs, minibatches: passes over the data in an iteration, and optimiser steps per pass.
-    """
-
-    def __init__(self, epochs: int, minibatches: int) -> None:
-        for name, number in (("epochs", epochs), ("minibatches", minibatches)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        self.epochs, self.minibatches = epochs, minibatches
-        self.number, self.position, self.step_position = 0, 0, 0
-        self.data: Batch | Experience | None = None
-        self.journal = Journal()
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps an iteration."""
-        return self.epochs * self.minibatches
-
-    def begin(self, module: Any, batch_idx: int) -> bool:
-        """A micro-batch starts (call it first in `on_train_batch_start`); whether `data` is used up, so that the module must `fill` it."""
-        micro = module.run.begin(module.trainer, batch_idx)
-        if self.position >= self.steps * module.trainer.accumulate_grad_batches:
-            self.number, self.position, self.data = self.number + 1, 0, None
-        self.step_position = self.position if micro == 0 else self.step_position
-        self.journal.replay(module)
-        return self.data is None
-
-    def fill(self, module: Any, data: Batch | Experience, stats: dict[str, Tensor]) -> None:
-        """What the iteration learns from, and what is logged of how it was made, as rollout/…
-
-        Raises ValueError where the data's prompts cannot be split into the iteration's micro-batches.
-        """
-        prompts = batch_of(data).num_prompts
-        parts = self.minibatches * module.trainer.accumulate_grad_batches * module.trainer.world_size
-        if prompts < parts:
-            raise ValueError(
-                f"iteration {self.number}: {prompts} prompts to learn from cannot be split into minibatches {self.minibatches} x "
-                f"accumulate_grad_batches {module.trainer.accumulate_grad_batches} x {module.trainer.world_size} ranks; sample for more "
-                "prompts, or keep more of the responses"
-            )
-        self.data, self.journal.entries = data, []
-        self.journal.add(module, {f"rollout/{name}": value for name, value in stats.items()})
-
-    def micro_batch(self, module: Any) -> tuple[Any, int]:
-        """This rank's part of the next micro-batch on its device, and the response tokens of its whole optimiser step.
-
-        The prompts' order is a function of (seed, iteration, epoch); the responses of a prompt stay together.
-        """
-        trainer, batch = module.trainer, batch_of(self.data)
-        step, micro = divmod(self.position, trainer.accumulate_grad_batches)
-        epoch, minibatch = divmod(step, self.minibatches)
-        order, total = permutation(batch.num_prompts, run_seed(), self.number, epoch).tolist(), batch.num_prompts
-        prompts = order[minibatch * total // self.minibatches : (minibatch + 1) * total // self.minibatches]
-        lengths = batch.response_mask.sum(1)
-        tokens = lengths.new_zeros(total).index_add(0, batch.prompt_of, lengths)
-        parts = split_by_tokens((batch.prompt_mask.sum(1) + tokens)[prompts].tolist(), trainer.accumulate_grad_batches * trainer.world_size)
-        mine = {prompts[i] for i in parts[micro * trainer.world_size + module.global_rank]}
-        rows = [n for n, m in enumerate(batch.prompt_of.tolist()) if m in mine]
-        self.position += 1
-        return self.data.select(rows).to(module.device), int(tokens[prompts].sum())
-
-    def log(self, module: Any, stats: dict[str, Tensor]) -> None:
-        """An update's numbers; call it in `on_before_optimizer_step`. After the last update the loggers get the iteration's means."""
-        self.journal.add(module, stats)
-        if self.position == self.steps * module.trainer.accumulate_grad_batches:
-            self.journal.write(module.trainer)
-
-    def begin_anew(self, module: Any) -> None:
-        """For `on_train_start`: a fit that does not go on from a checkpoint begins by sampling, whatever an earlier one left half done."""
-        if module.run.resumed is None and (self.position or self.data is not None):
-            self.number, self.position, self.data = self.number + 1, 0, None
-
-    # Checkpoints
-
-    def save(self, module: Any, checkpoint: dict[str, Any]) -> None:
-        """For `on_save_checkpoint`, instead of `checkpoints.save`."""
-        save(module, checkpoint)
-        updates = (self.step_position if module.run.unfinished(module.trainer) else self.position) // module.trainer.accumulate_grad_batches
-        state = {"number": self.number, "updates": updates}
-        if self.data is not None and updates < self.steps:
-            data = {f.name: getattr(self.data, f.name) for f in fields(Batch)} if isinstance(self.data, Batch) else self.data.state()
-            kind = type(self.data).__name__
-            state |= {kind: data, "journal": self.journal.entries[: updates + 1], "fixed": self._fixed()}
-        checkpoint[KEY] = state
-
-    def load(self, module: Any, checkpoint: dict[str, Any]) -> None:
-        """For `on_load_checkpoint`, instead of `checkpoints.load`; ValueError where what a half-done iteration depends on was changed."""
-        load(module, checkpoint)
-        state = checkpoint[KEY]
-        if "fixed" in state and module._trainer is not None and module.trainer.training:
-            changed = [
-                f"{name} was {old} and is {self._fixed()[name]}" for name, old in state["fixed"].items() if self._fixed()[name] != old
-            ]
-            if changed:
-                raise ValueError(
-                    f"the checkpoint is from the middle of iteration {state['number']} (after update {state['updates']}), and "
-                    f"{', '.join(changed)}: resume with what it was, or from a checkpoint at the end of an iteration"
-                )
-        self.data = (
-            Batch(**state["Batch"]) if "Batch" in state else Experience.of_state(state["Experience"]) if "Experience" in state else None
-        )
-        ended = state["updates"] and self.data is None  # however many updates an iteration has now
-        accumulate = 1 if module._trainer is None else module.trainer.accumulate_grad_batches
-        self.number = state["number"]
-        self.position = self.step_position = (self.steps if ended else state["updates"]) * accumulate
-        self.journal.entries, self.journal.resumed = list(state.get("journal", [])), True
-
-    def _fixed(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "minibatches": self.minibatches, "seed": run_seed()}
+from lit_rlhf.functional import adapt_kl_coef, k1
+from lit_rlhf.modules.common import VALIDATION, reset_metrics
+from lit_rlhf.modules.sft import response_rows
+from lit_rlhf.networks import ScalarModel
+from lit_rlhf.rollout import Actors, Rollout, agree, collect, gather
+from lit_rlhf.scoring import FunctionScorer, ModelScorer
+from lit_rlhf.sharding import full_params, shard
 
 
-def batch_of(data: Any) -> Batch:
-    """The data itself, or the batch that an experience is about."""
-    return data if isinstance(data, Batch) else data.batch
+def val_metrics() -> nn.ModuleDict:
+    """The means that validation reports beside ROUGE."""
+    return nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
 
 
-def rank_rows(module: Any, total: int) -> range:
-    """Which of an iteration's `total` prompts this rank samples for."""
+def load_reward(module: Any) -> nn.Module:
+    """The scorer of `reward_fn` or `reward_model`."""
+    if module.reward_fn is not None:
+        return FunctionScorer(module.reward_fn, timeout=module.reward_timeout)
+    network = ScalarModel.load(module.reward_model, **module.loading, trust_remote_code=module.source["trust_remote_code"])
+    if module.reward_baseline != "mean":
+        network.mean.zero_()
+    return ModelScorer(shard(network.requires_grad_(False), module._trainer), tokens_per_forward=module.tokens_per_forward)
+
+
+def begin(module: Any, batch_idx: int) -> None:
+    """A micro-batch starts; where the experience is used up, the next iteration begins with `module._collect()`."""
+    micro = module.run.begin(module.trainer, batch_idx)
+    if module.position >= module.items:
+        module.iteration, module.position, module.experience, module.stopped = module.iteration + 1, 0, None, False
+    module.step_position = module.position if micro == 0 else module.step_position
+    module.journal.replay(module)
+    if module.experience is None:
+        module._collect()
+
+
+def draw(module: Any) -> tuple[Rollout, dict[str, Tensor]]:
+    """The iteration's responses, of all ranks, and what they look like; RuntimeError for a policy that has collapsed."""
     world, rank = module.trainer.world_size, module.global_rank
-    return range(rank * total // world, (rank + 1) * total // world)
+    prompts = module.trainer.datamodule.prompts(0 if module.trainer.overfit_batches else module.iteration, module.num_prompts)
+    mine = range(rank * module.num_prompts // world, (rank + 1) * module.num_prompts // world)
+    setting = {"num_responses": module.responses_per_prompt, "tokens_per_forward": module.tokens_per_forward, "rows": mine}
+    setting |= {"key": (run_seed(), module.iteration), "subtract_reference": module.reward_baseline == "reference", "clock": module.clock}
+    with module.trainer.precision_plugin.forward_context(), full_params(module.trainer.model):  # networks only: bf16-true rounds all else
+        rollout = gather(lambda: collect(module.actors, prompts.select_prompts(mine), module.sampling, **setting))
+    found = signs(rollout.texts, rollout.batch.response_ids, rollout.batch.response_mask, rollout.finished)
+    module.collapse(found, module.iteration)
+    return rollout, sign_stats(found)
 
 
-def gather_all(make: Callable[[], Any]) -> list[Any]:
-    """What each rank makes, in the order of ranks, on every rank; what one rank raises, all raise."""
-    made = agree(make)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [made]
-    parts = [made] * dist.get_world_size()
-    dist.all_gather_object(parts, made)
-    return parts
+def note(module: Any, stats: dict[str, Tensor]) -> None:
+    """Logs the rollout's statistics, and lets the KL coefficient adapt for the next iteration."""
+    module.episodes += module.batch_size
+    stats |= {"kl_coef": torch.tensor(module.kl_coef), "episodes": torch.tensor(float(module.episodes))}
+    if module.kl_target is not None:
+        kl, n = float(stats["kl"]), module.batch_size
+        module.kl_coef = adapt_kl_coef(module.kl_coef, kl, target=module.kl_target, horizon=module.kl_horizon, n=n)
+    module.journal.entries = []
+    module.journal.add(module, {f"rollout/{name}": value for name, value in stats.items()})
+    module.clock.begin("update")
 
 
-def check_sampling(sampling: Sampling, reward_model: str | None, reward_fn: Any) -> None:
-    """Raises ValueError or TypeError where there is not one reward, or nothing random to choose from."""
-    if (reward_model is None) == (reward_fn is None):
-        raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if reward_model else ""))
-    if sampling.temperature <= 0:
-        raise ValueError("sampling.temperature must be above 0: greedy responses to a prompt are all the same")
-    if reward_fn is not None:
-        check_reward_fn(reward_fn)
+def minibatch(module: Any, position: int) -> tuple[Experience, int, int]:
+    """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens and responses over all ranks.
+
+    The prompts' order is a function of (seed, iteration, epoch); the responses of a prompt stay together.
+    """
+    step, micro = divmod(position, module.trainer.accumulate_grad_batches)
+    epoch, number = divmod(step, module.minibatches)
+    order = permutation(module.num_prompts, run_seed(), module.iteration, epoch).tolist()
+    prompts = order[number * module.num_prompts // module.minibatches : (number + 1) * module.num_prompts // module.minibatches]
+    batch, k = module.experience.batch, module.responses_per_prompt
+    lengths = batch.response_mask.sum(1).view(module.num_prompts, -1).sum(1)
+    sizes = (batch.prompt_mask.sum(1) + lengths)[prompts].tolist()
+    parts = split_by_tokens(sizes, module.trainer.accumulate_grad_batches * module.trainer.world_size)
+    mine = parts[micro * module.trainer.world_size + module.global_rank]
+    rows = [prompts[i] * k + j for i in mine for j in range(k)]
+    return module.experience.select(rows).to(module.device), int(lengths[prompts].sum()), k * len(prompts)
 
 
-def check_iterating(module: Any, stage: str) -> None:
-    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve a module that samples as it learns."""
-    check_strategy(module)
-    name = type(module).__name__
-    if shards(module.trainer):
-        raise ValueError(f"{name} samples outside of a forward that sharded strategies know of: use one device or ddp")
-    if stage != "fit":
-        return
-    if not hasattr(module.trainer.datamodule, "prompts"):
-        raise TypeError(f"{name} trains on a PromptDataModule, which draws each iteration's prompts by number")
-    if module.trainer.limit_train_batches != 1.0 and not module.trainer.fast_dev_run and not module.trainer.overfit_batches:
-        raise ValueError("limit_train_batches would cut iterations short; use max_steps, or fewer prompts or epochs an iteration")
+def evaluate(module: Any, batch: Batch, batch_idx: int) -> None:
+    """Samples at the training temperature with noise that is the same at every validation, and adds to the metrics."""
+    if batch_idx == 0:
+        module.samples = []
+    rows = sampled_rows(module, batch, VALIDATION)
+    module.samples += rows
+    for name, metric in module.val_metrics.items():
+        metric.update(torch.tensor([float(row[name]) for row in rows], device=module.device))
+    scored = [row for row in rows if row.get("reference") is not None]
+    module.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
+
+
+def sampled_rows(module: Any, batch: Batch, purpose: int) -> list[dict[str, Any]]:
+    """One dictionary a prompt: prompt, response, reference where known, score, kl, length, eos_rate."""
+    actors = Actors(module.policy, module.reference, None, module.scorer)
+    setting = {"subtract_reference": module.reward_baseline == "reference", "tokens_per_forward": module.tokens_per_forward}
+    made = agree(lambda: collect(actors, batch, module.sampling, key=(run_seed(), purpose), **setting))
+    mask = made.batch.response_mask
+    return response_rows(
+        batch.columns,
+        made.texts,
+        score=made.scores.tolist(),
+        kl=(k1(made.logprobs, made.ref_logprobs) * mask).sum(1).tolist(),
+        length=mask.sum(1).tolist(),
+        eos_rate=made.finished.tolist(),
+    )
+
+
+def report(module: Any, stage: str) -> None:
+    """Logs the means of what was evaluated, and forgets it."""
+    values = {name: metric.compute() for name, metric in module.val_metrics.items()} | module.rouge.compute()
+    module.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+    reset_metrics(*module.val_metrics.values(), module.rouge)

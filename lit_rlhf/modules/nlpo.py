@@ -17,7 +17,7 @@ from lit_rlhf.generation import Sampling
 from lit_rlhf.masked_policy import MaskedPolicy
 from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
 from lit_rlhf.modules.evaluation import Evaluation
-from lit_rlhf.modules.iterations import Iterations, check_iterating, check_sampling, gather_all, rank_rows
+from lit_rlhf.modules.iteration_state import Iterations, check_iterating, check_sampling, gather_all, rank_rows
 from lit_rlhf.modules.ppo_checks import load_value
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel

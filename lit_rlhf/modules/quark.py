@@ -17,7 +17,7 @@ from lit_rlhf.functional import k1, logprobs_kl_entropy, quantiles, quark_loss
 from lit_rlhf.generation import Sampled, Sampling, sample
 from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
 from lit_rlhf.modules.evaluation import Evaluation
-from lit_rlhf.modules.iterations import Iterations, check_iterating, check_sampling, gather_all, rank_rows
+from lit_rlhf.modules.iteration_state import Iterations, check_iterating, check_sampling, gather_all, rank_rows
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, lay_out
 from lit_rlhf.optim import LRSchedule, Schedule
