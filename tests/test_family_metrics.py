@@ -9,7 +9,7 @@ SAMPLED = {"reward_fn": length, "sampling": SHORT}
 CASES = {
     "rft": (lambda d: RFT(d, n=2, num_prompts=8, minibatches=2, **SAMPLED), {"rollout/kept", "train/loss", "val/score", "test/rouge1"}),
     "quark": (
-        lambda d: Quark(d, num_prompts=8, batch_size=4, steps=2, **SAMPLED),
+        lambda d: Quark(d, num_prompts=8, minibatch_size=4, minibatches=2, **SAMPLED),
         {"rollout/best_quantile_score", "train/kl", "train/entropy", "val/kl"},
     ),
     "nlpo": (

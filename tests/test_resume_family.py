@@ -27,7 +27,7 @@ def rft(sft_dir, reward_dir):
 
 
 def quark(sft_dir, reward_dir):
-    settings = {"num_quantiles": 3, "num_prompts": 6, "batch_size": 6, "steps": 4, "sampling": Sampling(8, 1.0)}
+    settings = {"num_quantiles": 3, "num_prompts": 6, "minibatch_size": 6, "minibatches": 4, "sampling": Sampling(8, 1.0)}
     module = Quark(sft_dir, reward_model=reward_dir, no_eos_score=-1.0, **settings, **ADAM)
     return module, PromptDataModule(ROWS, val_data=ROWS[:4], max_prompt_tokens=64, val_batch_size=4)
 

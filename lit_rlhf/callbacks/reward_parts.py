@@ -31,9 +31,11 @@ class RewardParts(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._heard:
             return
-        means = torch.stack([scores.float().mean() for scores in self._heard[0].values()])  # the first call is of the responses
+        # Where the reference's score is the baseline, the second call is of the references.
+        calls = self._heard[:1] if getattr(pl_module, "reward_baseline", None) == "reference" else self._heard
+        means = torch.stack([torch.cat([call[name].float().cpu() for call in calls]).mean() for name in calls[0]])
         means = trainer.strategy.reduce(means.to(pl_module.device), reduce_op="mean")
-        self.last = {f"rollout/part/{name}": float(mean) for name, mean in zip(self._heard[0], means, strict=True)}
+        self.last = {f"rollout/part/{name}": float(mean) for name, mean in zip(calls[0], means, strict=True)}
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self.last, step=max(trainer.global_step - 1, 0))
 

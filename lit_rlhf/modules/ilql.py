@@ -15,8 +15,10 @@ from lit_rlhf.data.loader import run_seed
 from lit_rlhf.data.rewarded import COLUMN, as_rewards, reward_moments
 from lit_rlhf.functional import ilql_loss, last_token_rewards
 from lit_rlhf.generation import Sampling, sample
+from lit_rlhf.metrics import Rouge
 from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
-from lit_rlhf.modules.evaluation import Evaluation
+from lit_rlhf.modules.iterations import add_rows, report, val_metrics
+from lit_rlhf.modules.ppo_checks import check_one_device
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
@@ -24,7 +26,6 @@ from lit_rlhf.q_values import QPolicy
 from lit_rlhf.rollout import score_texts
 from lit_rlhf.scorers import load_scorer
 from lit_rlhf.scoring import check_reward_fn
-from lit_rlhf.sharding import shards
 from lit_rlhf.strategies import check_strategy
 
 
@@ -95,7 +96,7 @@ class ILQL(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.network: QPolicy | None = None
         self.scorer: torch.nn.Module | None = None
-        self.evaluation = Evaluation(("loss", "score", "length", "eos_rate"), rouge_tokenizer)
+        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics(("loss", "score", "length", "eos_rate"))
         self.meter, self.run = StepMeter(), RunRecord()
         self.moments: tuple[float, float] | None = None
         self.strict_loading = False  # weights that do not train are not in our checkpoints
@@ -116,8 +117,7 @@ class ILQL(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_strategy(self)
-        if shards(self.trainer):
-            raise ValueError("ILQL's heads read the policy's states, which sharded strategies do not hand out: use one device or ddp")
+        check_one_device(self)
 
     def configure_model(self) -> None:
         if self.network is None:
@@ -137,6 +137,7 @@ class ILQL(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.network.train()
+        self.moments = None  # those of an earlier fit may be of other rows
 
     def on_train_start(self) -> None:
         settle(self)
@@ -170,17 +171,20 @@ class ILQL(L.LightningModule):
         rewards = last_token_rewards(scores, mask)
         return ilql_loss(made.logprobs, made.q, made.target_q, made.q_logprobs, made.values, rewards, mask, count=count, **self.setting)
 
-    # Evaluation: `val/…` and `test/…` are the same numbers
+    # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.num_responses:
-            self.evaluation.means["loss"].update(self._loss(batch, None)[0], weight=batch.response_mask.sum())
-        self.evaluation.add(self, self._write(batch, VALIDATION), batch_idx)
+            self.val_metrics["loss"].update(self._loss(batch, None)[0], weight=batch.response_mask.sum())
+        add_rows(self, self._write(batch, VALIDATION), batch_idx)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.report(self)
+        report(self, "val")
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    def on_test_epoch_end(self) -> None:
+        report(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score with a `reward_fn`, length, eos_rate."""

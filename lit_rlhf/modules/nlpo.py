@@ -1,30 +1,30 @@
 """NLPO: PPO whose policy may only say what an earlier copy of itself finds likely."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_rlhf.batch import Batch
-from lit_rlhf.checkpoints import RunRecord, fingerprint, settle
+from lit_rlhf.batch import Batch, Experience
+from lit_rlhf.checkpoints import RunRecord, settle
+from lit_rlhf.collapse import CollapseWatch
 from lit_rlhf.data.common import load_trusted
-from lit_rlhf.data.loader import run_seed
-from lit_rlhf.functional import adapt_kl_coef, k1, policy_loss, value_loss
+from lit_rlhf.functional import policy_loss, value_loss
 from lit_rlhf.generation import Sampling
 from lit_rlhf.masked_policy import MaskedPolicy
-from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
-from lit_rlhf.modules.evaluation import Evaluation
-from lit_rlhf.modules.iteration_state import Iterations, check_iterating, check_sampling, gather_all, rank_rows
-from lit_rlhf.modules.ppo_checks import load_value
-from lit_rlhf.modules.sft import response_rows
+from lit_rlhf.metrics import Rouge
+from lit_rlhf.modules.common import PREDICTION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
+from lit_rlhf.modules.iterations import begin, draw, evaluate, load_reward, minibatch, note, report, sampled_rows, val_metrics
+from lit_rlhf.modules.ppo_checks import check_one_device, check_run, check_settings, load_value
+from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_state, source_fingerprints, where
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.perf import Clock
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.rollout import Actors, Shaping, agree, collect, join_rollouts, shape
-from lit_rlhf.scorers import load_scorer
+from lit_rlhf.rollout import Actors, Shaping, shape
 
 
 class NLPO(L.LightningModule):
@@ -41,8 +41,8 @@ class NLPO(L.LightningModule):
         mask_every: iterations between two copies.
         model, reward_model, reward_fn, value_init, sampling, batch_size, responses_per_prompt, ppo_epochs, minibatches, kl_coef, kl_target,
             kl_horizon, gamma, lam, clip, value_clip, value_coef, value_lr, center_values, whiten_advantages, no_eos_score,
-            tokens_per_forward, rouge_tokenizer, dtype, attn_implementation, revision, trust_remote_code, activation_checkpointing,
-            optimizer, scheduler: as in `PPO`.
+            reward_baseline, score_clip, collapse_patience, reward_timeout, tokens_per_forward, rouge_tokenizer, dtype,
+            attn_implementation, revision, trust_remote_code, activation_checkpointing, optimizer, scheduler: as in `PPO`.
     """
 
     def __init__(
@@ -71,7 +71,11 @@ class NLPO(L.LightningModule):
         value_lr: float | None = None,
         center_values: bool = True,
         whiten_advantages: bool = True,
-        no_eos_score: float | None = None,
+        no_eos_score: float | Literal["auto"] | None = "auto",
+        reward_baseline: Literal["none", "mean", "reference"] = "mean",
+        score_clip: float | None = None,
+        collapse_patience: int | None = 3,
+        reward_timeout: float | None = None,
         tokens_per_forward: int = 16384,
         rouge_tokenizer: Any = "default",
         dtype: str = "float32",
@@ -85,33 +89,35 @@ class NLPO(L.LightningModule):
         super().__init__()
         self.sampling = as_sampling(sampling)
         record(self, self.sampling)
-        check_sampling(self.sampling, reward_model, reward_fn)
-        if not 0 < top_p <= 1 or min_tokens < 1 or mask_every < 1:
-            raise ValueError(f"top_p {top_p} must be in (0, 1], min_tokens {min_tokens} and mask_every {mask_every} at least 1")
-        if batch_size < 1 or batch_size % responses_per_prompt:
-            raise ValueError(f"batch_size {batch_size} must be a multiple of responses_per_prompt {responses_per_prompt}")
-        self.model, self.reward_fn = check_source(model), reward_fn
-        self.reward_model = reward_model and check_source(reward_model)
+        self.model, self.reward_model, self.reward_fn = check_source(model), reward_model, reward_fn
         self.value_init = value_init or ("reward" if reward_model else "sft")
         self.mask, self.mask_every = {"top_p": top_p, "min_tokens": min_tokens}, mask_every
-        self.num_prompts, self.responses_per_prompt = batch_size // responses_per_prompt, responses_per_prompt
+        self.batch_size, self.responses_per_prompt = batch_size, responses_per_prompt
+        self.ppo_epochs, self.minibatches = ppo_epochs, minibatches
         self.kl_coef, self.kl_target, self.kl_horizon = kl_coef, kl_target, kl_horizon
         self.clip, self.value_clip, self.value_coef, self.value_lr = clip, value_clip, value_coef, value_lr
-        self.center_values, self.reward_baseline, self.tokens_per_forward = center_values, "mean", tokens_per_forward
-        self.shaping = Shaping(no_eos_score, None, False, whiten_advantages, gamma, lam)
+        self.reward_baseline, self.reward_timeout, self.tokens_per_forward = reward_baseline, reward_timeout, tokens_per_forward
+        self.center_values, self.collapse = center_values, CollapseWatch(collapse_patience)
+        floor = (-1.0 if reward_model else None) if no_eos_score == "auto" else no_eos_score
+        self.shaping = Shaping(floor, score_clip, False, whiten_advantages, gamma, lam)
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         self.training_setup = {"activation_checkpointing": activation_checkpointing}
         self.optimizer, self.scheduler = optimizer, scheduler
+        check_settings(self)
+        if not 0 < top_p <= 1 or min_tokens < 1 or mask_every < 1:
+            raise ValueError(f"top_p {top_p} must be in (0, 1], min_tokens {min_tokens} and mask_every {mask_every} at least 1")
         self.policy: CausalPolicy | None = None
         self.mask_policy: CausalPolicy | None = None
         self.reference: CausalPolicy | None = None
         self.value: ScalarModel | None = None
         self.scorer: torch.nn.Module | None = None
-        self.evaluation = Evaluation(("score", "kl", "length", "eos_rate"), rouge_tokenizer)
-        self.meter, self.run, self.iterations, self.episodes = StepMeter(), RunRecord(), Iterations(ppo_epochs, minibatches), 0
-        self.strict_loading = False  # frozen networks are not in our checkpoints
+        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics()
+        self.meter, self.run, self.journal, self.clock = StepMeter(), RunRecord(), Journal(), Clock()
         self.samples: list[dict[str, Any]] = []
+        self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
+        self.experience: Experience | None = None
+        self.strict_loading = False  # frozen networks are not in our checkpoints
         self._tokenizer: Any = None
 
     load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
@@ -128,15 +134,30 @@ class NLPO(L.LightningModule):
 
     @property
     def steps_per_iteration(self) -> int:
-        return self.iterations.steps
+        return self.ppo_epochs * self.minibatches
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts per iteration, over all ranks."""
+        return self.batch_size // self.responses_per_prompt
+
+    @property
+    def items(self) -> int:
+        """Micro-batches per iteration."""
+        return self.steps_per_iteration * self.trainer.accumulate_grad_batches
 
     @property
     def masked(self) -> MaskedPolicy:
         """The policy that samples and learns."""
         return MaskedPolicy(self.policy, self.mask_policy, self.sampling.temperature, **self.mask)
 
+    @property
+    def actors(self) -> Actors:
+        return Actors(self.masked, self.reference, self.value, self.scorer)
+
     def setup(self, stage: str) -> None:
-        check_iterating(self, stage)
+        check_run(self, stage)
+        check_one_device(self)
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -146,8 +167,8 @@ class NLPO(L.LightningModule):
         self.policy = CausalPolicy.load(self.model, **loading, **self.training_setup)
         self.mask_policy, self.reference = (CausalPolicy.load(self.model, **loading).requires_grad_(False) for _ in range(2))
         self.value = load_value(self, self.loading | self.source)
-        self.scorer = load_scorer(self.reward_fn or self.reward_model, **({} if self.reward_fn else self.loading))
-        self.run.fingerprints = {"model": fingerprint(self.model, self.source["revision"])}
+        self.scorer = load_reward(self)
+        self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         rate = {} if self.value_lr is None else {"lr": self.value_lr}
@@ -159,85 +180,66 @@ class NLPO(L.LightningModule):
         self.value.train()
 
     def on_train_start(self) -> None:
-        self.iterations.begin_anew(self)
+        begin_anew(self)
         settle(self)
 
     # One iteration
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.iterations.begin(self, batch_idx):
-            self._collect()
+        begin(self, batch_idx)
 
     def _collect(self) -> None:
         """Takes the mask policy anew where it is time, samples, and makes experience of it."""
-        number = self.iterations.number
-        if number % self.mask_every == 0:
+        if self.iteration % self.mask_every == 0:
             self.mask_policy.load_state_dict(self.policy.state_dict())
-        prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else number, self.num_prompts)
-        mine = rank_rows(self, self.num_prompts)
-        setting = {"num_responses": self.responses_per_prompt, "tokens_per_forward": self.tokens_per_forward, "rows": mine}
-        actors = Actors(self.masked, self.reference, self.value, self.scorer)
-        with self.trainer.precision_plugin.forward_context():
-            made = gather_all(lambda: collect(actors, prompts.select_prompts(mine), self.sampling, key=(run_seed(), number), **setting))
+        rollout, look = draw(self)
         center = self.center_values and self.episodes == 0
-        experience, stats = shape(join_rollouts(made), self.kl_coef, self.shaping, center_values=center)
+        self.experience, stats = shape(rollout, self.kl_coef, self.shaping, center_values=center)
         if center:
             self.value.set_mean(float(self.value.mean + stats["value_offset"]))
-        self.episodes += self.num_prompts * self.responses_per_prompt
-        stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))}
-        if self.kl_target is not None:
-            moved = {"target": self.kl_target, "horizon": self.kl_horizon, "n": self.num_prompts * self.responses_per_prompt}
-            self.kl_coef = adapt_kl_coef(self.kl_coef, float(stats["kl"]), **moved)
-        self.iterations.fill(self, experience, stats)
+        note(self, stats | look)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        old, count = self.iterations.micro_batch(self)
+        old, count, _ = minibatch(self, self.position)
         mask = old.batch.response_mask
         logprobs, _ = self.masked(old.batch, temperature=self.sampling.temperature)
         values = self.value(old.batch)[:, :-1]
         loss, stats = policy_loss(logprobs, old.logprobs, old.advantages, mask, clip=self.clip, count=count)
         v_loss, v_stats = value_loss(values, old.values, old.returns, mask, clip=self.value_clip, count=count)
+        self.position += 1
         self.meter.add(stats | v_stats)
         return (loss + self.value_coef * v_loss) * loss_scale(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.iterations.log(self, step_stats(self, "ppo/", f", iteration {self.iterations.number}"))
+        self.journal.add(self, step_stats(self, "ppo/", where(self)))
+        if self.position == self.items:
+            self.journal.write(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.save(self, checkpoint)
-        mask = {name: x.detach().cpu() for name, x in self.mask_policy.state_dict().items()}  # a policy of earlier: nothing else has it
-        checkpoint["nlpo"] = {"kl_coef": self.kl_coef, "episodes": self.episodes, "mask": mask}
+        save_state(self, checkpoint)
+        checkpoint["mask_policy"] = {name: x.detach().cpu() for name, x in self.mask_policy.state_dict().items()}  # nothing else has it
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.load(self, checkpoint)
-        state = checkpoint["nlpo"]
-        self.kl_coef, self.episodes = state["kl_coef"], state["episodes"]
-        if self.mask_policy is None:
-            self.configure_model()
-        self.mask_policy.load_state_dict(state["mask"])
+        load_state(self, checkpoint)
+        self.configure_model()
+        self.mask_policy.load_state_dict(checkpoint["mask_policy"])
 
-    # Evaluation: `val/…` and `test/…` are the same numbers
+    # Evaluation, under the mask
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation.add(self, self._write(batch, VALIDATION), batch_idx)
+        evaluate(self, batch, batch_idx)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.report(self)
+        report(self, "val")
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    def on_test_epoch_end(self) -> None:
+        report(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, kl, length, eos_rate; sampled under the mask."""
-        return self._write(batch, PREDICTION)
-
-    def _write(self, batch: Batch, purpose: int) -> list[dict[str, Any]]:
-        actors = Actors(self.masked, self.reference, None, self.scorer)
-        setting = {"key": (run_seed(), purpose), "tokens_per_forward": self.tokens_per_forward}
-        made = agree(lambda: collect(actors, batch, self.sampling, **setting))
-        mask = made.batch.response_mask
-        kl, lengths = (k1(made.logprobs, made.ref_logprobs) * mask).sum(1).tolist(), mask.sum(1).tolist()
-        more = {"score": made.scores.tolist(), "kl": kl, "length": lengths, "eos_rate": made.finished.float().tolist()}
-        return response_rows(batch.columns, made.texts, **more)
+        return sampled_rows(self, batch, PREDICTION)
 
     def export_networks(self) -> dict[str, CausalPolicy | ScalarModel]:
         """What ExportHF writes: policy and value network, each in its own directory; the policy samples from its own nucleus."""

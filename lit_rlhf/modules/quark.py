@@ -1,7 +1,7 @@
 """Quark: a pool of responses sorted by reward, each learnt behind the token of its quantile; then the best quantile is asked for."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,20 +10,23 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_rlhf.batch import Batch, join
-from lit_rlhf.checkpoints import RunRecord, fingerprint, settle
+from lit_rlhf.checkpoints import RunRecord, settle
 from lit_rlhf.data.common import load_trusted
 from lit_rlhf.data.loader import rolling, run_seed
 from lit_rlhf.functional import k1, logprobs_kl_entropy, quantiles, quark_loss
 from lit_rlhf.generation import Sampled, Sampling, sample
+from lit_rlhf.metrics import Rouge
 from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
-from lit_rlhf.modules.evaluation import Evaluation
-from lit_rlhf.modules.iteration_state import Iterations, check_iterating, check_sampling, gather_all, rank_rows
+from lit_rlhf.modules.iterations import add_rows, begin, log_rollout, minibatch, own_prompts, report, val_metrics
+from lit_rlhf.modules.ppo_checks import check_one_device, check_rewarded, check_run
+from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_state, source_fingerprints, where
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, lay_out
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.perf import Clock
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.quantile_tokens import add_quantile_tokens, conditioned, one_each, with_tokens
-from lit_rlhf.rollout import agree, score_texts
+from lit_rlhf.rollout import agree, gather_parts, score_texts
 from lit_rlhf.scorers import load_scorer
 
 
@@ -31,16 +34,16 @@ class Quark(L.LightningModule):
     """Quantized reward conditioning (Lu et al. 2022, *Quark: Controllable text generation with reinforced unlearning*).
 
     Each iteration samples responses (the first from the model as it is, later ones behind the best quantile's token), adds them to a pool
-    of all responses so far, sorts it into quantiles by score, and takes `steps` optimiser steps on `quark_loss` of rows drawn from it, each
-    behind its quantile's token. The reference never sees a token. Needs a `PromptDataModule`. Validation logs `val/score`, `val/kl` (k1, to
-    the reference), `val/length`, `val/eos_rate` and `val/rouge…` behind the best token. The export's tokenizer has the tokens: elsewhere,
-    put `<|quantile_{K-1}|>` in front of a prompt.
+    of all responses so far, sorts it into quantiles by score, and takes `minibatches` optimiser steps on `quark_loss` of rows drawn from
+    it, each behind its quantile's token. The reference never sees a token. Needs a `PromptDataModule`. Validation logs `val/score`,
+    `val/kl` (k1, to the reference), `val/length`, `val/eos_rate` and `val/rouge…` behind the best token. The export's tokenizer has the
+    tokens: elsewhere, put `<|quantile_{K-1}|>` in front of a prompt.
 
     Args:
         model: the SFT directory or hub name; for `predict` an exported one.
         reward_model, reward_fn: as in `BestOfN`; one of the two.
         num_quantiles: K. num_prompts: sampled for in an iteration, over all ranks. responses_per_prompt: of each.
-        batch_size: rows of an optimiser step, over all ranks and micro-batches. steps: optimiser steps an iteration.
+        minibatches: optimiser steps an iteration. minibatch_size: rows of each, over all ranks and micro-batches.
         kl_coef, entropy_coef: weights of the exact KL divergence to the reference and of the entropy, per token.
         no_eos_score: replaces the score of a response that did not end; None leaves it.
         sampling, rouge_tokenizer, dtype, attn_implementation, revision, trust_remote_code, activation_checkpointing, optimizer, scheduler:
@@ -56,8 +59,8 @@ class Quark(L.LightningModule):
         num_quantiles: int = 5,
         num_prompts: int = 256,
         responses_per_prompt: int = 1,
-        batch_size: int = 64,
-        steps: int = 16,
+        minibatches: int = 16,
+        minibatch_size: int = 64,
         kl_coef: float = 0.05,
         entropy_coef: float = 0.06,
         no_eos_score: float | None = None,
@@ -74,15 +77,14 @@ class Quark(L.LightningModule):
         super().__init__()
         self.sampling = as_sampling(sampling)
         record(self, self.sampling)
-        check_sampling(self.sampling, reward_model, reward_fn)
-        if num_quantiles < 2 or min(num_prompts, responses_per_prompt, batch_size) < 1:
-            raise ValueError(
-                f"num_quantiles {num_quantiles} must be at least 2, num_prompts, responses_per_prompt and batch_size at least 1"
-            )
-        self.model, self.reward_fn = check_source(model), reward_fn
-        self.reward_model = reward_model and check_source(reward_model)
+        self.model, self.reward_model, self.reward_fn = check_source(model), reward_model, reward_fn
         self.num_quantiles, self.num_prompts, self.responses_per_prompt = num_quantiles, num_prompts, responses_per_prompt
-        self.batch_size, self.no_eos_score = batch_size, no_eos_score
+        self.epochs, self.minibatches, self.minibatch_size, self.no_eos_score = 1, minibatches, minibatch_size, no_eos_score
+        check_rewarded(self)
+        if num_quantiles < 2 or min(num_prompts, minibatch_size) < 1:
+            raise ValueError(
+                f"num_quantiles {num_quantiles} must be at least 2, num_prompts {num_prompts}, minibatch_size {minibatch_size} at least 1"
+            )
         self.setting = {"kl_coef": kl_coef, "entropy_coef": entropy_coef}
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -91,8 +93,10 @@ class Quark(L.LightningModule):
         self.policy: CausalPolicy | None = None
         self.reference: CausalPolicy | None = None
         self.scorer: torch.nn.Module | None = None
-        self.evaluation = Evaluation(("score", "kl", "length", "eos_rate"), rouge_tokenizer)
-        self.meter, self.run, self.iterations = StepMeter(), RunRecord(), Iterations(1, steps)
+        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics()
+        self.meter, self.run, self.journal, self.clock = StepMeter(), RunRecord(), Journal(), Clock()
+        self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
+        self.experience: Batch | None = None
         self.pool: Batch | None = None  # a prompt (without a quantile's token) and a response a row
         self.scores = torch.zeros(0)
         self.strict_loading = False  # frozen networks are not in our checkpoints
@@ -117,10 +121,18 @@ class Quark(L.LightningModule):
 
     @property
     def steps_per_iteration(self) -> int:
-        return self.iterations.steps
+        return self.minibatches
+
+    @property
+    def items(self) -> int:
+        """Micro-batches per iteration."""
+        return self.minibatches * self.trainer.accumulate_grad_batches
 
     def setup(self, stage: str) -> None:
-        check_iterating(self, stage)
+        check_run(self, stage, prompts=self.minibatches * self.minibatch_size)
+        check_one_device(self)
+        if self.num_prompts < self.trainer.world_size:
+            raise ValueError(f"num_prompts {self.num_prompts} must be at least one for each of the {self.trainer.world_size} ranks")
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -130,8 +142,10 @@ class Quark(L.LightningModule):
         plain = CausalPolicy.load(self.model, activation_checkpointing=self.activation_checkpointing, **loading)
         self.policy = with_tokens(plain, tokenizer, self.token_ids)
         self.reference = CausalPolicy.load(self.model, **loading).requires_grad_(False)
-        self.scorer = load_scorer(self.reward_fn or self.reward_model, **({} if self.reward_fn else self.loading))
-        self.run.fingerprints = {"model": fingerprint(self.model, self.source["revision"])}
+        self.reference.banned[[i for i in self.token_ids if i < len(self.reference.banned)]] = True  # where `model` has them already
+        trusted = {"trust_remote_code": self.source["trust_remote_code"]}
+        self.scorer = load_scorer(self.reward_fn or self.reward_model, **({} if self.reward_fn else self.loading | trusted))
+        self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.policy.parameters())}], self.optimizer, self.scheduler)
@@ -142,47 +156,40 @@ class Quark(L.LightningModule):
     def on_train_start(self) -> None:
         if self.run.resumed is None:
             self.pool, self.scores = None, torch.zeros(0)
-        self.iterations.begin_anew(self)
+        begin_anew(self)
         settle(self)
 
     # One iteration
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.iterations.begin(self, batch_idx):
-            self._collect()
+        begin(self, batch_idx)
 
     def _collect(self) -> None:
         """Samples on every rank its part, sorts the pool anew and draws the iteration's rows from it."""
-        number = self.iterations.number
-        prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else number, self.num_prompts)
-        mine = rank_rows(self, self.num_prompts)
+        self.clock.begin()
+        prompts, mine = own_prompts(self)
         part = replace(prompts.select_prompts(mine), rows=list(mine)).to(self.device)
 
         def make() -> tuple[Batch, Tensor, Tensor]:
-            made = self._sample(part, (run_seed(), number), self.pool is not None, self.responses_per_prompt)
+            made = self._sample(part, (run_seed(), self.iteration), self.pool is not None, self.responses_per_prompt)
             found = part.with_responses(made.batch.response_ids, made.batch.response_mask, made.batch.prompt_of)
             return one_each(found).to("cpu"), score_texts(self.scorer, made.batch, made.texts).float().cpu(), made.finished.cpu()
 
         with self.trainer.precision_plugin.forward_context():
-            batches, scores, ended = zip(*gather_all(make), strict=True)
+            batches, scores, ended = zip(*gather_parts(make), strict=True)
         new, raw, finished = join(batches), torch.cat(scores), torch.cat(ended)
         shaped = raw if self.no_eos_score is None else torch.where(finished, raw, torch.full_like(raw, self.no_eos_score))
         self.pool = new if self.pool is None else join([self.pool, new])
         self.scores = torch.cat([self.scores, shaped])
         quantile = quantiles(self.scores, self.num_quantiles)
-        rows = rolling(len(self.scores), 0, self.iterations.steps * self.batch_size, run_seed(), number)
-        pool = self.pool  # whose row i is prompt i's
+        rows = rolling(len(self.scores), 0, self.minibatches * self.minibatch_size, run_seed(), self.iteration)
+        pool, self.episodes = self.pool, len(self.scores)  # row i of the pool is prompt i's
         drawn = [x[rows] for x in (pool.prompt_ids, pool.prompt_mask, pool.response_ids, pool.response_mask)]
-        batch = Batch(*drawn, torch.arange(len(rows)), columns={"quantile": quantile[rows].tolist()})
+        self.experience = Batch(*drawn, torch.arange(len(rows)), columns={"quantile": quantile[rows].tolist()})
         best = self.scores[quantile == self.num_quantiles - 1].mean()
-        stats = {
-            "score": raw.mean(),
-            "score_std": raw.std(unbiased=False),
-            "best_quantile_score": best,
-            "eos_rate": finished.float().mean(),
-        }
-        stats |= {"length": new.response_mask.sum(1).float().mean(), "episodes": torch.tensor(float(len(self.scores)))}
-        self.iterations.fill(self, batch, stats)
+        stats = {"score": raw.mean(), "score_std": raw.std(unbiased=False), "best_quantile_score": best}
+        stats |= {"eos_rate": finished.float().mean(), "length": new.response_mask.sum(1).float().mean()}
+        log_rollout(self, stats | {"episodes": torch.tensor(float(self.episodes))})
 
     def _sample(self, prompts: Batch, key: tuple[int, ...], best: bool, num_responses: int = 1) -> Sampled:
         """Responses to the prompts, behind the best quantile's token or as they are; the sampled batch's prompts have the token."""
@@ -190,7 +197,7 @@ class Quark(L.LightningModule):
         return sample(self.policy, prompts, self.sampling, num_responses=num_responses, key=key)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        part, count = self.iterations.micro_batch(self)
+        part, count, _ = minibatch(self, self.position)
         mask = part.response_mask
         states, head = response_states(self.policy, self._conditioned(part, part.columns["quantile"]))
         with torch.no_grad():
@@ -199,6 +206,7 @@ class Quark(L.LightningModule):
         found = logprobs_kl_entropy(states, ids, ref_states, head, ref_head, banned=banned)
         logprobs, kl, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
         loss, stats = quark_loss(logprobs, kl, entropy, mask, count=count, **self.setting)
+        self.position += 1
         self.meter.add(stats)
         return loss * loss_scale(self.trainer)
 
@@ -206,28 +214,32 @@ class Quark(L.LightningModule):
         return conditioned(batch, torch.tensor(self.token_ids)[quantile], self.tokenizer.bos_token_id)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.iterations.log(self, step_stats(self, "train/", f", iteration {self.iterations.number}"))
+        self.journal.add(self, step_stats(self, "train/", where(self)))
+        if self.position == self.items:
+            self.journal.write(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.save(self, checkpoint)
+        save_state(self, checkpoint)
         if self.pool is not None:
-            checkpoint["quark"] = {f.name: getattr(self.pool, f.name) for f in fields(Batch)} | {"scores": self.scores}
+            checkpoint["quark"] = {"pool": self.pool.state(), "scores": self.scores}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.load(self, checkpoint)
-        pool = dict(checkpoint.get("quark", {}))
-        self.scores = pool.pop("scores", torch.zeros(0))
-        self.pool = Batch(**pool) if pool else None
+        load_state(self, checkpoint)
+        if "quark" in checkpoint:
+            self.pool, self.scores = Batch(**checkpoint["quark"]["pool"]), checkpoint["quark"]["scores"]
 
-    # Evaluation: `val/…` and `test/…` are the same numbers
+    # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation.add(self, self._write(batch, VALIDATION), batch_idx)
+        add_rows(self, self._write(batch, VALIDATION), batch_idx)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.report(self)
+        report(self, "val")
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    def on_test_epoch_end(self) -> None:
+        report(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, kl to `model`, length, eos_rate."""

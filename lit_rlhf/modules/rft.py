@@ -11,20 +11,23 @@ from torch import Tensor
 
 from lit_rlhf.batch import Batch
 from lit_rlhf.best_of import Candidates, candidates
-from lit_rlhf.checkpoints import RunRecord, fingerprint, settle
+from lit_rlhf.checkpoints import RunRecord, settle
 from lit_rlhf.data.common import load_trusted
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.data.tokenise import Encoder
 from lit_rlhf.functional import best_of_each, first_of_equal, lm_loss
 from lit_rlhf.generation import Sampling, sample
+from lit_rlhf.metrics import Rouge
 from lit_rlhf.modules.common import PREDICTION, VALIDATION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
-from lit_rlhf.modules.evaluation import Evaluation
-from lit_rlhf.modules.iteration_state import Iterations, check_iterating, check_sampling, gather_all, rank_rows
+from lit_rlhf.modules.iterations import add_rows, begin, log_rollout, minibatch, own_prompts, report, val_metrics
+from lit_rlhf.modules.ppo_checks import check_one_device, check_parts, check_rewarded, check_run
+from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_state, source_fingerprints, where
 from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.optim import LRSchedule, Schedule
+from lit_rlhf.perf import Clock
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.rollout import agree, score_texts
+from lit_rlhf.rollout import agree, gather_parts, score_texts
 from lit_rlhf.scorers import load_scorer
 from lit_rlhf.sharding import clip_gradients
 
@@ -74,11 +77,11 @@ class RFT(L.LightningModule):
         super().__init__()
         self.sampling = as_sampling(sampling)
         record(self, self.sampling)
-        check_sampling(self.sampling, reward_model, reward_fn)
+        self.model, self.reward_model, self.reward_fn = check_source(model), reward_model, reward_fn
+        self.epochs, self.minibatches = epochs, minibatches
+        check_rewarded(self)
         if not 1 <= keep <= n or num_prompts < 1:
             raise ValueError(f"n {n} must be at least keep {keep}, both and num_prompts {num_prompts} at least 1")
-        self.model, self.reward_fn = check_source(model), reward_fn
-        self.reward_model = reward_model and check_source(reward_model)
         self.n, self.keep, self.min_score, self.num_prompts = n, keep, min_score, num_prompts
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -86,10 +89,12 @@ class RFT(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.policy: CausalPolicy | None = None
         self.scorer: torch.nn.Module | None = None
-        self.evaluation = Evaluation(("score", "length", "eos_rate"), rouge_tokenizer)
-        self.meter, self.run, self.iterations = StepMeter(), RunRecord(), Iterations(epochs, minibatches)
+        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics(("score", "length", "eos_rate"))
+        self.meter, self.run, self.journal, self.clock = StepMeter(), RunRecord(), Journal(), Clock()
         self.strict_loading = False  # frozen networks are not in our checkpoints
         self.samples: list[dict[str, Any]] = []
+        self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
+        self.experience: Batch | None = None
         self._tokenizer: Any = None
 
     load_from_checkpoint = classmethod(load_trusted)  # type: ignore[assignment]
@@ -106,17 +111,24 @@ class RFT(L.LightningModule):
 
     @property
     def steps_per_iteration(self) -> int:
-        return self.iterations.steps
+        return self.epochs * self.minibatches
+
+    @property
+    def items(self) -> int:
+        """Micro-batches per iteration."""
+        return self.steps_per_iteration * self.trainer.accumulate_grad_batches
 
     def setup(self, stage: str) -> None:
-        check_iterating(self, stage)
+        check_run(self, stage)
+        check_one_device(self)
 
     def configure_model(self) -> None:
         if self.policy is None:
             reseed(0)  # an adapter is drawn from the run's seed
             self.policy = CausalPolicy.load(self.model, tokenizer=self.tokenizer, **self.loading, **self.source, **self.training_setup)
-            self.scorer = load_scorer(self.reward_fn or self.reward_model, **({} if self.reward_fn else self.loading))
-            self.run.fingerprints = {"model": fingerprint(self.model, self.source["revision"])}
+            trusted = {"trust_remote_code": self.source["trust_remote_code"]}
+            self.scorer = load_scorer(self.reward_fn or self.reward_model, **({} if self.reward_fn else self.loading | trusted))
+            self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizers(self, [{"params": list(self.policy.parameters())}], self.optimizer, self.scheduler)
@@ -130,56 +142,63 @@ class RFT(L.LightningModule):
         self.policy.train()
 
     def on_train_start(self) -> None:
-        self.iterations.begin_anew(self)
+        begin_anew(self)
         settle(self)
 
     # One iteration
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.iterations.begin(self, batch_idx):
-            self._collect()
+        begin(self, batch_idx)
 
     def _collect(self) -> None:
         """Samples and scores n responses for each prompt, on every rank its part, and keeps the best of all."""
-        number = self.iterations.number
-        prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else number, self.num_prompts)
-        mine = rank_rows(self, self.num_prompts)
+        self.clock.begin()
+        prompts, mine = own_prompts(self)
         part = replace(prompts.select_prompts(mine), rows=list(mine))
         with self.trainer.precision_plugin.forward_context():
-            made = gather_all(lambda: candidates(self.policy, self.scorer, part, self.sampling, self.n, (run_seed(), number)))
+            made = gather_parts(lambda: candidates(self.policy, self.scorer, part, self.sampling, self.n, (run_seed(), self.iteration)))
         found = Candidates(
             [row for c in made for row in c.texts], *(torch.cat([getattr(c, x) for c in made]) for x in ("scores", "finished", "lengths"))
         )
         kept = best_of_each(found.scores, found.finished & first_of_equal(found.texts), self.keep, self.min_score)
-        stats = {"score": found.scores[kept].mean() if kept.any() else found.scores.new_zeros(()), "mean_score": found.scores.mean()}
+        more = f"sample more of them (num_prompts), or keep more responses: of {kept.numel()}, {int(kept.sum())} ended and scored enough;"
+        check_parts(self, int(kept.any(1).sum()), more)
+        self.experience = kept_batch(self.tokenizer, prompts, found.texts, kept)
+        self.episodes += kept.numel()
+        stats = {"score": found.scores[kept].mean(), "mean_score": found.scores.mean(), "episodes": torch.tensor(float(self.episodes))}
         stats |= {"score_std": found.scores.std(unbiased=False), "kept": kept.float().mean(), "eos_rate": found.finished.float().mean()}
-        stats |= {"length": found.lengths.float().mean(), "episodes": torch.tensor(float((number + 1) * self.n * self.num_prompts))}
-        self.iterations.fill(self, kept_batch(self.tokenizer, prompts, found.texts, kept), stats)
+        log_rollout(self, stats | {"length": found.lengths.float().mean()})
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        part, count = self.iterations.micro_batch(self)
+        part, count, _ = minibatch(self, self.position)
         loss, stats = lm_loss(self.policy(part)[0], part.response_mask, count=count)
+        self.position += 1
         self.meter.add(stats)
         return loss * loss_scale(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.iterations.log(self, step_stats(self, "train/", f", iteration {self.iterations.number}"))
+        self.journal.add(self, step_stats(self, "train/", where(self)))
+        if self.position == self.items:
+            self.journal.write(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.save(self, checkpoint)
+        save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.iterations.load(self, checkpoint)
+        load_state(self, checkpoint)
 
-    # Evaluation: `val/…` and `test/…` are the same numbers
+    # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation.add(self, self._write(batch, VALIDATION), batch_idx)
+        add_rows(self, self._write(batch, VALIDATION), batch_idx)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.report(self)
+        report(self, "val")
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    def on_test_epoch_end(self) -> None:
+        report(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, length, eos_rate."""

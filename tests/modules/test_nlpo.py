@@ -26,7 +26,7 @@ class Recorded(NLPO):
     def log_dict(self, metrics, *args, **kwargs):
         numbers = {name: float(x) for name, x in metrics.items()}
         if "rollout/score" in numbers:
-            self.experiences.append(self.iterations.data)
+            self.experiences.append(self.experience)
             self.rollouts.append(numbers)
             self.masks.append(self.mask_policy.lm.lm_head.weight.clone())
         if "ppo/policy_loss" in numbers:

@@ -14,6 +14,11 @@ def vowels(prompts, responses):
     return [10 * sum(c in "ae" for c in r) / (len(r) + 1) for r in responses]
 
 
+def brief(prompts, responses):
+    """Easily learnt: end early."""
+    return [-float(len(r)) for r in responses]
+
+
 class Recorded(Quark):
     """Keeps what each iteration learns from, and every number."""
 
@@ -24,7 +29,7 @@ class Recorded(Quark):
     def log_dict(self, metrics, *args, **kwargs):
         numbers = {name: float(x) for name, x in metrics.items()}
         if "rollout/score" in numbers:
-            self.drawn.append(self.iterations.data)
+            self.drawn.append(self.experience)
             self.rollouts.append(numbers)
         if "train/loss" in numbers:
             self.updates.append(numbers)
@@ -34,7 +39,14 @@ class Recorded(Quark):
 @pytest.fixture
 def fit(make_trainer, sft_dir, sft_rows):
     def run(settings=None, data=None, model=None, **kwargs):
-        usual = {"reward_fn": vowels, "num_quantiles": 3, "num_prompts": 8, "batch_size": 8, "steps": 4, "sampling": Sampling(8, 1.0)}
+        usual = {
+            "reward_fn": vowels,
+            "num_quantiles": 3,
+            "num_prompts": 8,
+            "minibatch_size": 8,
+            "minibatches": 4,
+            "sampling": Sampling(8, 1.0),
+        }
         usual |= {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2), "scheduler": Schedule("constant")}
         module = Recorded(model or sft_dir, **(usual | (settings or {})))
         trainer = make_trainer(**({"max_epochs": 2} | kwargs))
@@ -66,7 +78,7 @@ def test_the_tokenizer_gets_the_tokens_once(sft_dir):
 
 def test_the_first_loss_by_plain_transformers(fit, sft_dir):
     """Exact KL and entropy over the ids that may be sampled, by the model as it is before the first step; the reference sees no token."""
-    module = fit({"steps": 1, "kl_coef": 0.3, "entropy_coef": 0.2, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}, max_epochs=1)
+    module = fit({"minibatches": 1, "kl_coef": 0.3, "entropy_coef": 0.2, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}, max_epochs=1)
     (data,), size = module.drawn, 300
     reference, policy = AutoModelForCausalLM.from_pretrained(sft_dir), module.policy.lm
     banned = module.policy.banned[: reference.config.vocab_size]
@@ -109,18 +121,20 @@ def test_the_pool_and_what_is_drawn_from_it(fit):
 
 
 def test_it_learns_what_the_best_token_means(fit, sft_rows, tmp_path, make_trainer):
-    settings = {"num_prompts": 16, "batch_size": 32, "steps": 8}
+    settings = {"reward_fn": brief, "num_prompts": 32, "minibatch_size": 32, "minibatches": 8}
+    settings["optimizer"] = lambda p: torch.optim.AdamW(p, lr=3e-3)
     module = fit(settings, {"val_data": sft_rows[:4]}, max_epochs=6, callbacks=[ExportHF(str(tmp_path / "hf"))])
-    assert module.rollouts[-1]["rollout/score"] > module.rollouts[0]["rollout/score"] + 0.5
+    assert module.rollouts[-1]["rollout/score"] > module.rollouts[0]["rollout/score"] + 1.5
     assert {"val/score", "val/kl", "val/length", "val/eos_rate", "val/rouge1"} <= module.trainer.callback_metrics.keys()
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.convert_tokens_to_ids("<|quantile_2|>") == module.token_ids[2]
 
-    def follows(k):  # of a prompt behind a token, the probability of each next token
+    def ends_at_once(k):  # the exported model's probability of EOS behind quantile k's token
         with torch.no_grad():
-            return lm(**tokenizer(f"<|quantile_{k}|>{sft_rows[0]['prompt']}", return_tensors="pt")).logits[0, -1].softmax(-1)
+            logits = lm(**tokenizer(f"<|quantile_{k}|>{sft_rows[0]['prompt']}", return_tensors="pt")).logits
+        return float(logits[0, -1].softmax(-1)[tokenizer.eos_token_id])
 
-    assert (follows(0) - follows(2)).abs().sum() > 0.05
+    assert ends_at_once(2) > 2 * ends_at_once(0)
     data = PromptDataModule(sft_rows, test_data=sft_rows[:4], max_prompt_tokens=64)
     again = Quark(str(tmp_path / "hf"), reward_fn=vowels, num_quantiles=3, sampling=Sampling(8, 1.0))
     (rows,) = make_trainer().predict(again, datamodule=data)
@@ -135,6 +149,6 @@ def test_micro_batches_change_nothing(fit):
 
 
 def test_refuses(sft_dir):
-    for wrong in ({"num_quantiles": 1}, {"num_prompts": 0}, {"batch_size": 0}):
+    for wrong in ({"num_quantiles": 1}, {"num_prompts": 0}, {"minibatch_size": 0}):
         with pytest.raises(ValueError, match="num_quantiles"):
             Quark(sft_dir, reward_fn=vowels, **wrong)
