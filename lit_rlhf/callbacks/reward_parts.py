@@ -33,9 +33,10 @@ class RewardParts(Callback):
             return
         # Where the reference's score is the baseline, the second call is of the references.
         calls = self._heard[:1] if getattr(pl_module, "reward_baseline", None) == "reference" else self._heard
-        means = torch.stack([torch.cat([call[name].float().cpu() for call in calls]).mean() for name in calls[0]])
-        means = trainer.strategy.reduce(means.to(pl_module.device), reduce_op="mean")
-        self.last = {f"rollout/part/{name}": float(mean) for name, mean in zip(calls[0], means, strict=True)}
+        found = {name: torch.cat([call[name].double().cpu() for call in calls]) for name in calls[0]}
+        sums = torch.tensor([[scores.sum(), len(scores)] for scores in found.values()], dtype=torch.float64, device=pl_module.device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        self.last = {f"rollout/part/{name}": float(total / count) for name, (total, count) in zip(found, sums, strict=True)}
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self.last, step=max(trainer.global_step - 1, 0))
 
