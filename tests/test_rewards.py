@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForSequenceClassification
 
-from lit_rlhf import PPO, PromptDataModule, Sampling
+from lit_rlhf import PPO, RFT, PromptDataModule, Sampling
 from lit_rlhf.callbacks import RewardParts
 from lit_rlhf.cli import build
 from lit_rlhf.rewards import RewardEnsemble, Rule, WeightedRewards
@@ -95,6 +95,15 @@ def test_ppo_learns_from_them_and_logs_the_parts(reward_dir, other_dir, sft_dir,
     assert "rollout/part/ensemble" in text and not reward.listeners
     with pytest.raises(ValueError, match="RewardParts: the reward has no parts"):
         make_trainer(max_epochs=1, callbacks=[RewardParts()]).fit(PPO(sft_dir, reward_fn=length, batch_size=8), PromptDataModule(sft_rows))
+
+
+def test_the_parts_are_of_all_responses(sft_dir, sft_rows, make_trainer):
+    """RFT scores 320 responses in two calls, of 256 and 64."""
+    reward = WeightedRewards({"length": length, "t": Rule("t")}, {"t": -3.0})
+    rft, parts = RFT(sft_dir, reward_fn=reward, n=20, num_prompts=16, minibatches=1, sampling=Sampling(6, 1.0)), RewardParts()
+    make_trainer(max_steps=1, callbacks=[parts]).fit(rft, PromptDataModule(sft_rows))
+    mean = parts.last["rollout/part/length"] - 3 * parts.last["rollout/part/t"]
+    assert mean == pytest.approx(rft.journal.entries[0]["rollout/mean_score"], abs=1e-4) and parts.last["rollout/part/t"] > 0
 
 
 def test_from_yaml(reward_dir, other_dir, sft_dir, tmp_path):

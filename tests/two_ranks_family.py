@@ -27,7 +27,7 @@ def run(ranks: int, sft_dir: str, reward_dir: str) -> dict:
     """Six optimiser steps of each, of two micro-batches; RFT has an odd number of prompts, so that the ranks' parts are unequal."""
     setting = {"reward_model": reward_dir, "sampling": SAMPLING, **COMMON}
     reward = WeightedRewards({"model": reward_dir, "t": Rule("t")}, {"t": -1.0})
-    many = {"n": 4, "keep": 2, "num_prompts": 15, "minibatches": 2}
+    many = {"n": 12, "keep": 2, "num_prompts": 15, "minibatches": 2}
     stages = {
         "ilql": (
             watched(ILQL, "train/")(sft_dir, sampling=SAMPLING, target_every=2, target_rate=0.5, **COMMON),

@@ -13,6 +13,7 @@ from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
 from lit_rlhf.data.common import load_trusted
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.data.rewarded import COLUMN, as_rewards, reward_moments
+from lit_rlhf.data.sft import SFTDataModule
 from lit_rlhf.functional import ilql_loss, last_token_rewards
 from lit_rlhf.generation import Sampling, sample
 from lit_rlhf.metrics import Rouge
@@ -96,7 +97,8 @@ class ILQL(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.network: QPolicy | None = None
         self.scorer: torch.nn.Module | None = None
-        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics(("loss", "score", "length", "eos_rate"))
+        names = ("loss", "length", "eos_rate") + (() if reward_fn is None else ("score",))
+        self.rouge, self.val_metrics = Rouge(tokenizer=rouge_tokenizer), val_metrics(names)
         self.meter, self.run = StepMeter(), RunRecord()
         self.moments: tuple[float, float] | None = None
         self.strict_loading = False  # weights that do not train are not in our checkpoints
@@ -118,6 +120,8 @@ class ILQL(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_strategy(self)
         check_one_device(self)
+        if stage != "predict" and not isinstance(self.trainer.datamodule, SFTDataModule):
+            raise TypeError('ILQL learns from an SFTDataModule (fit(ilql, datamodule=SFTDataModule(…))), whose rows have a "reward"')
 
     def configure_model(self) -> None:
         if self.network is None:
@@ -137,7 +141,7 @@ class ILQL(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.network.train()
-        self.moments = None  # those of an earlier fit may be of other rows
+        self.moments = reward_moments(self.trainer.datamodule.tables["train"])
 
     def on_train_start(self) -> None:
         settle(self)
@@ -162,7 +166,7 @@ class ILQL(L.LightningModule):
 
     def _loss(self, batch: Batch, count: float | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the batch's tokens, divided by `count` (None: their number)."""
-        if self.moments is None:
+        if self.moments is None:  # a validation or test without a fit before it
             tables = self.trainer.datamodule.tables
             self.moments = reward_moments(tables.get("train") or next(iter(tables.values())))
         rewards = as_rewards(batch.columns.get(COLUMN, [None]), "the batch")

@@ -141,6 +141,6 @@ def add_rows(module: Any, rows: list[dict[str, Any]], batch_idx: int) -> None:
 
 def report(module: Any, stage: str) -> None:
     """Logs the means of what was evaluated, and forgets it."""
-    values = {name: metric.compute() for name, metric in module.val_metrics.items() if metric.update_called} | module.rouge.compute()
+    values = {name: metric.compute() for name, metric in module.val_metrics.items()} | module.rouge.compute()
     module.log_dict({f"{stage}/{name}": value for name, value in values.items()})
     reset_metrics(*module.val_metrics.values(), module.rouge)

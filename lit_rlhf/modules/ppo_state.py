@@ -16,7 +16,7 @@ from lit_rlhf.batch import Batch, Experience
 from lit_rlhf.checkpoints import fingerprint, load, save
 from lit_rlhf.data.loader import run_seed
 
-COUNTERS = {"iteration", "episodes", "kl_coef", "stopped"}
+COUNTERS = ("iteration", "episodes", "kl_coef", "stopped")
 
 
 class Journal:
@@ -74,7 +74,7 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
     state = checkpoint["ppo"]
     if "fixed" in state and ppo._trainer is not None and ppo.trainer.training:
         check_fixed(ppo, state)
-    for name in COUNTERS & state.keys():
+    for name in set(COUNTERS) & state.keys():
         setattr(ppo, name, state[name])
     ended = state["updates"] and "experience" not in state  # however many updates an iteration has now
     accumulate = 1 if ppo._trainer is None else ppo.trainer.accumulate_grad_batches

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf import ILQL, Sampling, Schedule, SFTDataModule, rewarded_rows
 from lit_rlhf.callbacks import ExportHF
 from lit_rlhf.data.collate import collate
 from lit_rlhf.generation import sample
-from lit_rlhf.q_values import QPolicy
+from lit_rlhf.q_values import FILE, QPolicy
 from lit_rlhf.scoring import text_batch
 
 PROMPTS, RESPONSES = ["the cat", "the cat", "my dog ran far"], [" sat", " ran far away into rain", " ate"]
@@ -168,6 +169,14 @@ def test_the_export_samples_as_the_module_does(fit, sft_rows, make_trainer, sft_
     with torch.no_grad(), QPolicy.load(str(tmp_path / "hf")).eval().guided(1.0, 20) as policy:
         torch.testing.assert_close(policy(batch)[0], mine, atol=1e-6, rtol=0)
     assert predict(tmp_path / "hf") == predict(tmp_path / "hf") != predict(tmp_path / "hf", beta=50.0)
+
+
+def test_heads_of_another_model_are_refused(sft_dir, tmp_path):
+    QPolicy.load(sft_dir).save(tmp_path / "hf")
+    heads = load_file(tmp_path / "hf" / FILE)
+    save_file({name: x[..., :3].contiguous() for name, x in heads.items()}, tmp_path / "hf" / FILE)
+    with pytest.raises(ValueError, match="q_values.safetensors does not belong to the model beside it"):
+        QPolicy.load(str(tmp_path / "hf"))
 
 
 def test_refuses(sft_dir, reward_dir):
