@@ -75,7 +75,7 @@ def read_objects(path: str | Path) -> list[tuple[str, Row]]:
 
 
 def read_principles(path: str | Path) -> list[str]:
-    """One principle a line; blank lines and those that begin with # do not count. Raises ValueError where there is none or one has fields."""
+    """One principle a line; blank lines and those that begin with # do not count. Raises ValueError for none, or for one with fields."""
     lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:

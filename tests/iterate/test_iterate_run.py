@@ -175,7 +175,7 @@ def test_people_label(command, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--sft=nowhere"], "no model directory at 'nowhere'"),
+        (["--sft=./nowhere"], "no model directory at './nowhere'"),
         (["--prompts=21"], "--prompts is 21, but the data of --ppo has 20 prompts"),
         (["--held_out=1"], "--held_out is 1.0 of 10 prompts"),
         (["--members=1"], "--choose disputed asks where reward models disagree: give --members 2"),
