@@ -44,7 +44,7 @@ def measure(run: Any, where: str, sft: CausalPolicy, reward: str, gold: Any, key
     """One response of the policy in `where` to each validation prompt: score, gold (where there is one), KL from SFT in nats, length."""
     module, device = run.model, run.trainer.strategy.root_device
     policy = CausalPolicy.load(where, tokenizer=module.tokenizer, **module.loading, **module.source).eval().to(device)
-    scorer, exact = load_scorer(reward).to(device), None if gold is None else load_scorer(gold)
+    scorer, exact = load_scorer(reward).to(device), None if gold is None else load_scorer(gold).to(device)
     found: dict[str, list[float]] = {name: [] for name in NUMBERS if exact is not None or name != "gold"}
     first = 0
     for batch in run.datamodule.val_dataloader():

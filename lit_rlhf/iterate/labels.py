@@ -22,15 +22,17 @@ class Waiting(Exception):
     """A round that goes on when people have labelled its pairs."""
 
 
-def by_gold(gold: Any, pairs: Sequence[Row], columns: dict[int, dict[str, Any]], care: float | None, key: Sequence[int]) -> list[float]:
+def by_gold(
+    gold: Any, pairs: Sequence[Row], columns: dict[int, dict[str, Any]], care: float | None, key: Sequence[int], device: str = "cpu"
+) -> list[float]:
     """1, 0 or 0.5 for each pair, by the reward `gold` names; with `care` a draw, the first with probability sigmoid(care x difference).
 
     columns: what the data knows of each row, which a reward function may ask for.
     """
-    scorer, prompts = load_scorer(gold), [pair["prompt"] for pair in pairs]
+    scorer, prompts = load_scorer(gold).to(device), [pair["prompt"] for pair in pairs]
     names = dict.fromkeys(name for found in columns.values() for name in found)
     known = {name: [columns[pair["row"]].get(name) for pair in pairs] for name in names}
-    first, second = (scorer(prompts, [pair[side] for pair in pairs], known).double() for side in ("first", "second"))
+    first, second = (scorer(prompts, [pair[side] for pair in pairs], known).double().cpu() for side in ("first", "second"))
     if care is None:
         return ((first > second).double() + (first == second).double() / 2).tolist()
     drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, CARE]))).random(len(pairs))
@@ -88,7 +90,7 @@ def label(now: Round, options: Any, key: Sequence[int], device: str) -> list[Row
     pairs = read_rows(now.pairs)
     columns = {row["row"]: row["columns"] for row in read_rows(now.responses)}
     if options.gold:
-        answers: Sequence[float | None] = by_gold(options.gold, pairs, columns, options.care, key)
+        answers: Sequence[float | None] = by_gold(options.gold, pairs, columns, options.care, key, device)
     elif options.judge:
         answers = by_judge(options.judge, pairs, columns, device)
     else:

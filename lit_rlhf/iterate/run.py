@@ -121,7 +121,7 @@ def one_round(now: Round, options: Any, argv: Sequence[str]) -> int:
     key = (options.seed, now.number)
     if not now.responses.is_file():
         _say(now, "sampling")
-        rows = round_rows(len(run().datamodule.tables["train"]), now.number, options.prompts, options.seed)
+        rows = round_rows(len(run().datamodule.tables["train"]), now.number, options.prompts, held_out(options), options.seed)
         write_rows(now.responses, respond(run(), policies(now, options), rows, options.responses, key))
     if not now.pairs.is_file():
         apart = held_out(options)

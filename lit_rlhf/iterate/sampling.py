@@ -37,11 +37,21 @@ def prepared(args: Sequence[str]) -> Any:
     return run
 
 
-def round_rows(total: int, number: int, size: int, seed: int) -> list[int]:
-    """The rows of the round's prompts: the next `size` of an endless walk through permutations of all `total`."""
+def round_rows(total: int, number: int, size: int, apart: int, seed: int) -> list[int]:
+    """The rows of the round's prompts: first `apart` that are held out, then `size - apart` to learn from.
+
+    A share apart/size of all `total` rows is held out for good, so that no round learns from a prompt that another round tests on. Both
+    parts are walked through in endless permutations, a function of the seed. Raises ValueError for more prompts than there are.
+    """
     if size > total:
         raise ValueError(f"--prompts is {size}, but the data of --ppo has {total} prompts; lower it")
-    return rolling(total, (number - 1) * size, size, seed, PROMPTS)
+    order = permutation(total, seed, PROMPTS).tolist()
+    cut = round(total * apart / size)
+
+    def walk(part: list[int], count: int, *key: int) -> list[int]:
+        return [part[i] for i in rolling(len(part), (number - 1) * count, count, seed, PROMPTS, *key)] if count else []
+
+    return walk(order[:cut], apart, 1) + walk(order[cut:], size - apart, 2)
 
 
 @torch.no_grad()

@@ -210,3 +210,17 @@ def test_random_pairs_take_every_prompt_once_before_any_twice():
     assert len(found) == len(set(found)) == 3 + 1 + 0 + 6  # n (n - 1) / 2 of each
     assert {m for m, _, _ in found[:3]} == {0, 1, 3} and {m for m, _, _ in found[3:5]} == {0, 3}
     assert sampling.random_pairs(rows, 4, (0,)) == found[:4]
+
+
+@pytest.mark.parametrize(("total", "size", "apart"), [(20, 10, 2), (11, 10, 2), (10, 10, 3), (23, 5, 0), (7, 4, 1)])
+def test_rows_of_the_rounds(total, size, apart):
+    """What is held out in one round is never learnt from in another, and every row has its turn before any comes again."""
+    rounds = [sampling.round_rows(total, number, size, apart, 0) for number in range(1, 41)]
+    held = [row for rows in rounds for row in rows[:apart]]
+    learnt = [row for rows in rounds for row in rows[apart:]]
+    assert not set(held) & set(learnt) and set(held) | set(learnt) == set(range(total))
+    for walk in filter(None, (held, learnt)):
+        kinds = len(set(walk))
+        assert all(len(set(walk[at : at + kinds])) == kinds for at in range(0, len(walk) - kinds + 1, kinds))
+    assert all(len(rows) == len(set(rows)) == size for rows in rounds[:1])
+    assert rounds[0] != sampling.round_rows(total, 1, size, apart, 1)
