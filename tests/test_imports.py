@@ -16,7 +16,8 @@ LAYERS = (
     {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart", "inspector"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning", "doctor", "frontier", "winrate", "inspector.run", "learning_curve"},  # drive the command line
+    {"quickstart.run", "planning", "doctor", "frontier", "winrate", "inspector.run", "learning_curve"}  # drive the command line
+    | {"iterate", "ai_feedback"},
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
