@@ -7,6 +7,7 @@ The prompt is prefilled once for all of its responses, and responses that have e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -119,7 +120,8 @@ class Draft:
         self.policy, self.prompts, self.sampling, self.num_responses, self.static = policy, prompts, sampling, num_responses, static
         device, total, width = prompts.prompt_ids.device, len(numbers), sampling.max_new_tokens
         lengths = prompts.prompt_mask.sum(1).tolist()
-        self.decoder = Decoder(policy, prompts, lengths, num_responses, width - 1, shared=can_share_rows(policy), static=static)
+        decoder = getattr(policy, "decoder", partial(Decoder, policy))  # a policy under a mask has one of its own (masked_policy.py)
+        self.decoder = decoder(prompts, lengths, num_responses, width - 1, shared=can_share_rows(policy), static=static)
         self.ids = torch.zeros(total + 1, width, dtype=torch.long, device=device)  # the last row is that of places without a response
         self.logprobs, self.entropy = torch.zeros(2, total + 1, width, device=device)
         self.lengths = torch.full((total,), width, device=device)
