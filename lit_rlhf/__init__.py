@@ -12,6 +12,8 @@ _HOME = {
     "SFT": "modules",
     "PairwiseReward": "modules",
     "PPO": "modules",
+    "DPO": "modules",
+    "RLOO": "modules",
     "BestOfN": "modules",
     "SFTDataModule": "data",
     "PairwiseDataModule": "data",

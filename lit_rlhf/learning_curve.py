@@ -5,7 +5,9 @@ labels would help, how far the model is from people's agreement among themselves
 """
 
 import argparse
+import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +77,8 @@ class Labels:
     """Who labelled each training row; None where it is not known."""
     agreement: Estimate | None
     """Of people among themselves, on the validation pairs, else on the training pairs."""
+    digest: str
+    """SHA-256 of the training and validation rows as tokenised."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def learning_curve(args: Sequence[str], sizes: Sequence[int] | None = None, out: Path | None = None, hold_out_workers: float = 0.0) -> Path:
     """Trains at each size and writes the report; returns the path of report.html.
 
-    args: the arguments of `lit-rlhf fit` for a PairwiseReward. Raises ValueError for sizes or data that allow no curve.
+    args: the arguments of `lit-rlhf fit` for a PairwiseReward. Sizes that an earlier call with the same arguments and rows finished are
+    read from `out` and not trained again. Raises ValueError for sizes or data that allow no curve.
     """
     if not 0 <= hold_out_workers < 1:
         raise ValueError(f"--hold_out_workers is {hold_out_workers}; give a share of the annotators, at least 0 and below 1")
@@ -117,13 +122,15 @@ def learning_curve(args: Sequence[str], sizes: Sequence[int] | None = None, out:
         raise ValueError(
             f"sizes {wanted or list(sizes or ())} of {len(order)} training rows make no curve: give two or more from 1 to that"
         )
+    out = out or Path(built.trainer.default_root_dir) / "learning_curve"
     points = []
     for size in wanted:
         print(f"\n== {size:,} rows", flush=True)
-        points.append(train(args, np.sort(order[:size])))
+        made_by = {"args": list(args), "data": labels.digest, "held_out_workers": sorted(map(str, held))}
+        points.append(point(args, np.sort(order[:size]), out / "points" / f"{size}.json", made_by))
         found = points[-1].scored.accuracy()
         print(f"accuracy {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}), {points[-1].seconds:.0f} s", flush=True)
-    return publish(make_report(points, labels, held), out or Path(built.trainer.default_root_dir) / "learning_curve")
+    return publish(make_report(points, labels, held), out)
 
 
 def build(args: Sequence[str]) -> cli.CLI:
@@ -132,6 +139,26 @@ def build(args: Sequence[str]) -> cli.CLI:
     if not isinstance(built.model, PairwiseReward):
         raise ValueError(f"a learning curve is of a PairwiseReward, not of {type(built.model).__name__}: give the YAML of the reward stage")
     return built
+
+
+def point(args: Sequence[str], rows: np.ndarray, path: Path, made_by: dict[str, Any]) -> Point:
+    """The size's point as the file holds it, where the same arguments and data made that; else trained now and written."""
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["made_by"] == made_by:
+            print(f"from {path}", flush=True)
+            scored = known["scored"]
+            scored |= {"scores": torch.tensor(scored["scores"], dtype=torch.double)}
+            scored |= {name: torch.tensor(scored[name]) for name in ("lengths", "target")}
+            return Point(len(rows), known["pairs"], ScoredPairs(**scored), known["seconds"])
+    made = train(args, rows)
+    scored = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(made.scored).items()}
+    content = {"made_by": made_by, "pairs": made.pairs, "seconds": made.seconds, "scored": scored}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(new, path)
+    return made
 
 
 def train(args: Sequence[str], rows: np.ndarray) -> Point:
@@ -153,8 +180,12 @@ def read_labels(built: cli.CLI) -> Labels:
     if "val" not in data.tables:
         raise ValueError("a learning curve needs validation pairs: give --data.val_data, or --data.val_fraction 0.1")
     agreement = next((found for split in ("val", "train") if (found := agreement_of(data.tables[split])) is not None), None)
-    rows = data.tables["train"].fetch(range(len(data.tables["train"])))
-    return Labels(data.tables["train"], [json.loads(row["columns"]).get(WORKER) for row in rows], agreement)
+    digest = hashlib.sha256()
+    for split in ("val", "train"):
+        rows = data.tables[split].fetch(range(len(data.tables[split])))
+        digest.update(json.dumps(rows, default=str).encode())
+    workers = [json.loads(row["columns"]).get(WORKER) for row in rows]
+    return Labels(data.tables["train"], workers, agreement, digest.hexdigest())
 
 
 def agreement_of(table: Table) -> Estimate | None:

@@ -158,4 +158,11 @@ def group_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return groups
 
 
+def shown_accuracies(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what PairAccuracy computes: the accuracy, and those by the values of columns with at most MAX_GROUPS values."""
+    kinds = Counter(name.split("/")[1] for name in found if name.startswith("accuracy/"))
+    return {n: x for n, x in found.items() if n == "accuracy" or (n.startswith("accuracy/") and kinds[n.split("/")[1]] <= MAX_GROUPS)}
+
+
+MAX_GROUPS = 50
 TEXTS = {"prompt", "reference", "chosen", "rejected", "post", "title", "summary", "label", "completion", "id", "info", "note", "messages"}

@@ -198,9 +198,12 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """One number for every state, (N, R + 1) float32: column t after t response tokens; `reward_mean` is subtracted."""
+        return self.scalars(self.states(batch)) - self.mean
+
+    def states(self, batch: Batch) -> Tensor:
+        """What the head reads, (N, R + 1, H): column t after t response tokens. Under FSDP only within `forward`."""
         layout = lay_out(self, batch)
-        states = layout.states(run(self.model.base_model, layout).last_hidden_state)
-        return self.scalars(states) - self.mean
+        return layout.states(run(self.model.base_model, layout).last_hidden_state)
 
     def scalars(self, states: Tensor) -> Tensor:
         """The head on states (N, R + 1, H), in float32 whatever the run's precision: bfloat16 would put a score of 6.03 at 6.03125."""

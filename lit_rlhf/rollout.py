@@ -205,11 +205,7 @@ def shape(
             say it as `value_offset`.
     """
     batch, mask = rollout.batch, rollout.batch.response_mask
-    scores = rollout.scores
-    if shaping.no_eos_score is not None:
-        scores = torch.where(rollout.finished, scores, torch.full_like(scores, shaping.no_eos_score))
-    if shaping.score_clip is not None:
-        scores = scores.clamp(-shaping.score_clip, shaping.score_clip)
+    scores = shaped_scores(rollout, shaping)
     if scale is not None:
         scores = scale(scores)
     rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, scores, mask, kl_coef=kl_coef)
@@ -225,26 +221,36 @@ def shape(
     if shaping.whiten_advantages:
         advantages = whiten(advantages, mask)
     experience = Experience(batch, rollout.logprobs, rollout.ref_logprobs, rollout.values, scores, rewards, advantages, returns)
-    return experience, statistics(rollout, experience, raw) | {"value_offset": offset}
+    residual, spread = (returns - rollout.values)[mask], returns[mask].var(unbiased=False).clamp(min=1e-8)
+    return experience, statistics(rollout, scores, rewards) | {
+        "value": masked_mean(rollout.values, mask),
+        "value_offset": offset,
+        "advantage_std": raw[mask].std(unbiased=False),
+        "explained_variance": 1 - residual.var(unbiased=False) / spread,
+    }
 
 
-def statistics(rollout: Rollout, experience: Experience, raw_advantages: Tensor) -> dict[str, Tensor]:
-    """The iteration's numbers; every formula stands in tutorials/metrics.md."""
+def shaped_scores(rollout: Rollout, shaping: Shaping) -> Tensor:
+    """The scores (N,) with that of responses that did not end replaced, then clipped."""
+    scores = rollout.scores
+    if shaping.no_eos_score is not None:
+        scores = torch.where(rollout.finished, scores, torch.full_like(scores, shaping.no_eos_score))
+    return scores if shaping.score_clip is None else scores.clamp(-shaping.score_clip, shaping.score_clip)
+
+
+def statistics(rollout: Rollout, scores: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """The iteration's numbers that need no value network, of its shaped scores (N,) and rewards (N, R); formulas: tutorials/metrics.md."""
     mask = rollout.batch.response_mask
     kl = (k1(rollout.logprobs, rollout.ref_logprobs) * mask).sum(1)
-    residual, returns = (experience.returns - rollout.values)[mask], experience.returns[mask]
     return {
         "score": rollout.scores.mean(),
         "score_std": rollout.scores.std(unbiased=False),
-        "shaped_score": experience.scores.mean(),
+        "shaped_score": scores.mean(),
         "kl": kl.mean(),
-        "reward": experience.rewards.sum(1).mean(),
+        "reward": rewards.sum(1).mean(),
         "length": mask.sum(1).float().mean(),
         "eos_rate": rollout.finished.float().mean(),
         "entropy": masked_mean(rollout.entropy, mask),
-        "value": masked_mean(rollout.values, mask),
-        "advantage_std": raw_advantages[mask].std(unbiased=False),
-        "explained_variance": 1 - residual.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8),
         "sampling_gap_max": ((rollout.logprobs - rollout.sampled_logprobs) * mask).abs().max(),
     }
 

@@ -54,6 +54,11 @@ def ppo(*more: str, model: str = "sft", reward: str | None = "reward", data: str
     return ["fit", "--model=PPO", f"--model.model={model}", *rewards, *small, *given, *QUIET, *more]
 
 
+def other(name: str, *more: str, data: str = "PromptDataModule") -> list[str]:
+    """A run of another algorithm."""
+    return ["fit", f"--model={name}", "--model.model=sft", *more, f"--data={data}", f"--data.data={lines(*[OK] * 8)}", *QUIET]
+
+
 def rewarded(name: str) -> Callable[[], list[str]]:
     return lambda: ppo(f"--model.reward_fn=bad_inputs.{name}", reward=None)
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     table, numbers = {}, itertools.count()
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = cache
-        for stage in ("sft", "reward", "ppo"):
+        for stage in ("sft", "reward", "ppo", "dpo", "rloo"):
 
             def again(ckpt=None, stage=stage):
                 folder = Path(f"{out}-run{next(numbers)}")  # the same on both ranks

@@ -1,4 +1,4 @@
-"""Small runs of the three stages that can be stopped anywhere and go on: what test_resume.py and its two ranks compare."""
+"""Small runs of every module that can be stopped anywhere and go on: what test_resume.py and its two ranks compare."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -10,7 +10,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 
-from lit_rlhf import PPO, SFT, AtomicCheckpointIO, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
+from lit_rlhf import (
+    DPO,
+    PPO,
+    RLOO,
+    SFT,
+    AtomicCheckpointIO,
+    PairwiseDataModule,
+    PairwiseReward,
+    PromptDataModule,
+    Sampling,
+    Schedule,
+    SFTDataModule,
+)
 from lit_rlhf.callbacks import Throughput
 
 WORDS = "the cat sat on a mat and then it ate my hat".split()
@@ -102,6 +114,14 @@ def pieces(stage: str, sft_dir: str, reward_dir: str) -> tuple[L.LightningModule
         return SFT(sft_dir, sampling=sampling, dropout=True, **adam), SFTDataModule(ROWS, val_data=ROWS[:4], batch_size=4)
     if stage == "reward":
         return PairwiseReward(sft_dir, **adam), PairwiseDataModule(PAIRS, val_data=PAIRS[:4], batch_size=4)
+    if stage == "dpo":
+        return DPO(sft_dir, sft_coef=0.1, **adam), PairwiseDataModule(PAIRS, val_data=PAIRS[:4], batch_size=4)
+    if stage == "rloo":
+        rloo = {"batch_size": 8, "responses_per_prompt": 1, "minibatches": 2, "epochs": 2, "kl_target": 1.0, "kl_horizon": 100}
+        return (
+            RLOO(sft_dir, reward_model=reward_dir, sampling=sampling, **rloo, **adam),
+            PromptDataModule(ROWS, val_data=ROWS[:4], max_prompt_tokens=64, val_batch_size=4),
+        )
     ppo = {"batch_size": 8, "responses_per_prompt": 2, "minibatches": 2, "ppo_epochs": 2, "kl_target": 1.0, "kl_horizon": 100}
     return (
         PPO(sft_dir, reward_model=reward_dir, scale_scores=True, sampling=sampling, **ppo, **adam),
@@ -112,7 +132,7 @@ def pieces(stage: str, sft_dir: str, reward_dir: str) -> tuple[L.LightningModule
 def run(
     stage: str, dirs: tuple[str, str], ckpt: Path | None = None, stop: Callback | None = None, folder: Path | None = None, **kwargs: Any
 ) -> Run:
-    """Twelve optimiser steps of a stage (SFT and reward: three epochs of four; PPO: three iterations of four), from `ckpt` on if given."""
+    """Twelve optimiser steps of a stage (three epochs of four; PPO and RLOO: three iterations of four), from `ckpt` on if given."""
     module, data = pieces(stage, *dirs)
     folder, lines = folder or Path(tempfile.mkdtemp()), Lines()
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)

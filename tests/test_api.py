@@ -1,9 +1,9 @@
-"""train(): PPO in one call, with prompts or without, and with both forms of reward function."""
+"""train(): PPO, RLOO and DPO in one call, with prompts or without, and with both forms of reward function."""
 
 import pytest
 from transformers import pipeline
 
-from lit_rlhf import Sampling, train
+from lit_rlhf import DPO, RLOO, Sampling, train
 from lit_rlhf.api import as_rows, with_samples
 from lit_rlhf.scoring import FunctionScorer
 
@@ -58,3 +58,46 @@ def test_prompts():
     assert as_rows("file.jsonl") == "file.jsonl" and as_rows(None) is None
     with pytest.raises(TypeError, match="reward_fn"):
         FunctionScorer(with_samples(lambda: []))
+
+
+def test_rloo(sft_dir, make_trainer):
+    settings = {"batch_size": 4, "responses_per_prompt": 2, "sampling": Sampling(5, 1.0)}
+    module = train(
+        sft_dir,
+        lambda samples: [float(len(s)) for s in samples],
+        ["a", "b"],
+        method="rloo",
+        settings=settings,
+        trainer=make_trainer(max_steps=2),
+    )
+    assert isinstance(module, RLOO) and module.iteration == 1 and len(set(module.experience.batch.columns["prompt"])) == 2
+
+
+def test_dpo(sft_dir, pair_rows, tmp_path, monkeypatch):
+    """By default one pass over the rows; two where asked."""
+    monkeypatch.chdir(tmp_path)
+    module = train(sft_dir, method="dpo", dataset=pair_rows, eval_dataset=pair_rows[:4], settings={"beta": 0.3})
+    assert isinstance(module, DPO) and module.setting["beta"] == 0.3 and module.trainer.global_step == 1
+    assert 0 <= float(module.trainer.callback_metrics["val/accuracy"]) <= 1
+    assert train(sft_dir, method="dpo", dataset=pair_rows, iterations=2).trainer.global_step == 2
+
+
+def test_a_reward_model_in_place_of_a_function(sft_dir, reward_dir, make_trainer):
+    module = train(sft_dir, None, ["a"], settings=SETTINGS | {"reward_model": reward_dir}, trainer=make_trainer(max_steps=1))
+    assert module.reward_model == reward_dir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"method": "sac"}, "method 'sac' is not known: give one of ppo, rloo, dpo"),
+        ({"method": "dpo"}, "method 'dpo' learns from dataset: rows with prompt, chosen and rejected, and none is given"),
+        ({"method": "dpo", "dataset": [], "prompts": ["a"], "reward_fn": len}, "takes no prompts and no reward_fn: it learns from dataset"),
+        ({"method": "rloo", "dataset": []}, "method 'rloo' takes no dataset: it learns from reward_fn"),
+        ({"eval_dataset": []}, "method 'ppo' takes no eval_dataset"),
+        ({"method": "rloo"}, "give exactly one of reward_model and reward_fn"),
+    ],
+)
+def test_arguments_of_another_method_are_refused(sft_dir, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        train(sft_dir, **arguments)

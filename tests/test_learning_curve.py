@@ -70,6 +70,18 @@ def test_sizes_are_nested_and_start_alike(command, runs, tmp_path, pair_rows):
     assert html.count("<svg") == 1 and "labelled twice" in html and "--hold_out_workers 0.2" in html
 
 
+def test_what_is_done_is_not_trained_again(command, runs, tmp_path, pair_rows):
+    assert main(["learning-curve", *command(), "--sizes", "4", "8"]) == 0
+    before = read(tmp_path / "learning_curve")["accuracy"]
+    assert main(["learning-curve", *command(), "--sizes", "4", "8", "16"]) == 0
+    assert [len(prompts) for prompts, _ in runs] == [4, 8, 16]  # the second call trained the new size alone
+    (old,), (new,) = before.values(), read(tmp_path / "learning_curve")["accuracy"].values()
+    assert new[:2] == old
+    assert main(["learning-curve", *command(train=pair_rows[::-1]), "--sizes", "4", "8"]) == 0  # other rows: nothing is reused
+    assert main(["learning-curve", *command("--model.optimizer=AdamW", "--model.optimizer.lr=0.1"), "--sizes", "4", "8"]) == 0
+    assert [len(prompts) for prompts, _ in runs[3:]] == [4, 8, 4, 8]
+
+
 def test_default_sizes_halve_down_to_a_batch(command, runs, tmp_path):
     assert main(["learning-curve", *command(), "--out", str(tmp_path / "here")]) == 0
     assert read(tmp_path / "here")["sizes"] == [4, 8, 16]

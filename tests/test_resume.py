@@ -14,7 +14,7 @@ from resume_run import STEPS, Interrupt, run
 
 from lit_rlhf.checkpoint_io import newest
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo", "rloo")
 HERE = Path(__file__).parent
 MOMENTS = ("start", "backward", "end")
 ALL = os.environ.get("LIT_RLHF_RESUME_ALL") == "1"  # the whole table of tutorials/checkpoints.md; otherwise a part of its slow rows

@@ -9,8 +9,9 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, SFTDataModule
+from lit_rlhf import DPO, PPO, RLOO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, SFTDataModule
 from lit_rlhf.callbacks import Throughput
+from lit_rlhf.scorers import imported
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 SHORT = Sampling(max_new_tokens=4)
@@ -115,7 +116,7 @@ def documented() -> list[re.Pattern[str]]:
     names, last = ["epoch"], ""
     for name in re.findall(r"`([^`\n]+)`", page):
         name = last.rsplit("/", 1)[0] + name[1:] if name.startswith("…/") else name
-        if re.fullmatch(r"(train|val|rollout|ppo|data|perf)/[^\s…]+", name):
+        if re.fullmatch(r"(train|val|rollout|ppo|rloo|data|perf)/[^\s…]+", name):
             last = name
             names += [name, re.sub("^val/", "test/", name)]
     return [re.compile(re.sub("<[^>]*>", ".+", re.escape(name))) for name in names]
@@ -161,9 +162,40 @@ def test_reward_logs_what_the_page_has(loss, sft_dir, pair_rows, make_trainer):
     assert undocumented(names) == set()
 
 
+def test_dpo_logs_what_the_page_has(sft_dir, pair_rows, make_trainer):
+    data = PairwiseDataModule(pair_rows, val_data=pair_rows[:4], test_data=pair_rows[:4], batch_size=8)
+    names = logged(make_trainer, DPO(sft_dir, sft_coef=0.1), data)
+    assert {"train/chosen_reward", "train/sft_loss", "val/margin", "test/accuracy/worker/a"} <= names
+    assert undocumented(names) == set()
+
+
+def test_rloo_logs_what_the_page_has(sft_dir, sft_rows, make_trainer):
+    data = PromptDataModule(sft_rows, val_data=sft_rows[:4], test_data=sft_rows[:4])
+    names = logged(make_trainer, RLOO(sft_dir, reward_fn=length, sampling=SHORT, batch_size=8, epochs=2, kl_target=1.0), data)
+    assert {"rollout/score", "rloo/approx_kl", "val/kl", "test/rouge1", "rollout/kl_coef", "perf/sampling_seconds"} <= names
+    assert undocumented(names) == set()
+
+
 def test_ppo_logs_what_the_page_has(sft_dir, sft_rows, make_trainer):
     data = PromptDataModule(sft_rows, val_data=sft_rows[:4], test_data=sft_rows[:4], ptx_data=sft_rows)
     ppo = PPO(sft_dir, reward_fn=length, sampling=SHORT, batch_size=8, ppo_epochs=2, kl_target=1.0, ptx_coef=0.1, scale_scores=True)
     names = logged(make_trainer, ppo, data)
     assert {"rollout/score", "ppo/ptx_loss", "val/kl", "test/rouge1", "rollout/kl_coef", "perf/sampling_seconds"} <= names
     assert undocumented(names) == set()
+
+
+# debian_tldr.md
+
+
+def test_the_gold_reward_of_the_study_by_hand(monkeypatch):
+    """ROUGE-1 and L: 1 of 2 words each way, F 1/2; ROUGE-2: no pair of words in common, 0."""
+    monkeypatch.chdir(TUTORIALS.parent)
+    rouge = imported("tutorials.debian_tldr.rewards.rouge")
+    assert rouge(["p", "p"], [" red fox", " red dog"], ["red dog", "red dog"]) == pytest.approx([1 / 3, 1.0])
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in TUTORIALS.glob("*.md")))
+def test_every_picture_of_a_page_is_there(page):
+    text = (TUTORIALS / page).read_text(encoding="utf-8")
+    missing = [name for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) if not (TUTORIALS / name).is_file()]
+    assert not missing

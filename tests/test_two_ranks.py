@@ -8,6 +8,7 @@ from ranks import finish, start
 
 pytestmark = pytest.mark.slow  # three processes, about 40 s of two idle cores
 SCRIPT = Path(__file__).parent / "two_ranks.py"
+STAGES = ("sft", "reward", "ppo", "dpo", "rloo")
 STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 
 
@@ -20,7 +21,7 @@ def runs(tmp_path_factory, sft_dir, reward_dir) -> dict[str, list[dict]]:
     return one | {name: [rank[name] for rank in two] for name in STRATEGIES}
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_losses_metrics_and_weights(runs, strategy, stage):
     """After 6 optimiser steps, which for PPO are 3 iterations."""
@@ -50,7 +51,7 @@ def test_speed_is_counted_alike(runs, strategy, stage):
     assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 100
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_gradients_were_clipped(runs, stage):
     """A strategy that clipped by each rank's own part of the norm would therefore have moved the weights elsewhere."""
     assert sum(norm > 2 * 0.5 for norm in runs["one"][stage]["norms"]) >= 3, runs["one"][stage]["norms"]
@@ -58,10 +59,11 @@ def test_the_gradients_were_clipped(runs, stage):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_texts(runs, strategy):
-    one, ranks = runs["one"]["ppo"], [rank["ppo"] for rank in runs[strategy]]
-    assert len(set(one["texts"])) > 8
-    assert all(rank["texts"] == one["texts"] for rank in ranks)
-    assert sorted(ranks[0]["samples"] + ranks[1]["samples"]) == one["samples"]
+    for stage in ("ppo", "rloo"):
+        one, ranks = runs["one"][stage], [rank[stage] for rank in runs[strategy]]
+        assert len(set(one["texts"])) > 8
+        assert all(rank["texts"] == one["texts"] for rank in ranks)
+        assert sorted(ranks[0]["samples"] + ranks[1]["samples"]) == one["samples"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,4 +1,4 @@
-"""One rank of runs of all three stages under DDP, FSDP2 and FSDP1, or the whole run in one process; test_two_ranks.py starts it.
+"""One rank of runs of every module under DDP, FSDP2 and FSDP1, or the whole run in one process; test_two_ranks.py starts it.
 
 Usage: two_ranks.py RANKS SFT_DIR REWARD_DIR OUT.pt (with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun does).
 """
@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from strategy_zoo import strategy
 
-from lit_rlhf import PPO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
+from lit_rlhf import DPO, PPO, RLOO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Sampling, Schedule, SFTDataModule
 from lit_rlhf.callbacks import Throughput
 from lit_rlhf.sharding import gathered
 
@@ -55,7 +55,7 @@ def watched(kind: type, key: str) -> type:
 
 
 def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
-    """What the three stages did: 6 optimiser steps each, which for PPO are 3 iterations.
+    """What every module did: 6 optimiser steps each, which for PPO and RLOO are 3 iterations.
 
     Two ranks recompute the activations of reward model and PPO, one process keeps them: no number depends on it.
     """
@@ -63,6 +63,16 @@ def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
     stages = {
         "sft": (watched(SFT, "train/")(sft_dir, sampling=sampling, **COMMON), SFTDataModule(ROWS, val_data=ROWS[:6], batch_size=8)),
         "reward": (watched(PairwiseReward, "train/")(sft_dir, **common), PairwiseDataModule(PAIRS, val_data=PAIRS[:6], batch_size=8)),
+        "dpo": (
+            watched(DPO, "train/")(sft_dir, beta=0.5, sft_coef=0.1, **common),
+            PairwiseDataModule(PAIRS, val_data=PAIRS[:6], batch_size=8),
+        ),
+        "rloo": (
+            watched(RLOO, "rloo/")(
+                sft_dir, reward_model=reward_dir, batch_size=16, responses_per_prompt=2, minibatches=2, sampling=sampling, **common
+            ),
+            PromptDataModule(ROWS, val_data=ROWS[:6], max_prompt_tokens=64, val_batch_size=4),
+        ),
         "ppo": (
             watched(PPO, "ppo/")(
                 sft_dir,
@@ -91,7 +101,7 @@ def run(strategy_name: str, sft_dir: str, reward_dir: str) -> dict:
                 found[name]["weights"] = torch.cat([x.float().flatten() for network in networks for x in network.weights().values()])
         if name == "reward":
             found[name]["mean"] = float(module.network.mean)
-        if name == "ppo":
+        if name in ("ppo", "rloo"):
             found[name]["texts"] = module.tokenizer.batch_decode(list(module.experience.batch.response_ids))
             found[name]["samples"] = sorted((row["prompt"], row["response"]) for row in module.samples)
     return found

@@ -67,9 +67,8 @@ class RewardReport(Callback):
         if not self.write:
             return
         model = getattr(trainer.lightning_module, "model", "")
-        report = reward_report(
-            join(parts), "Reward model", f"{model}, {split} pairs, after {trainer.global_step} optimiser steps of this run."
-        )
+        steps = f", after {trainer.global_step} optimiser steps of this run" if trainer.global_step else ""
+        report = reward_report(join(parts), "Reward model", f"{model}, {split} pairs{steps}.")
         path = report.write(Path(self.dirpath or trainer.default_root_dir))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):

@@ -93,6 +93,18 @@ class StepLoader:
         """The rows of one optimiser step, over all ranks and micro-batches."""
         return order[step * self.batch_size : None if step == self.steps - 1 else (step + 1) * self.batch_size]
 
+    def ahead(self, steps: int) -> set[int]:
+        """The rows of the next `steps` optimiser steps, over all ranks and micro-batches."""
+        resumed = self._resumed and self.position < self.limit
+        epoch, first = (self.epoch, self.position // self.accumulate) if resumed else (self.epoch + 1, 0)
+        rows: set[int] = set()
+        for step in range(first, first + steps):
+            if len(rows) == len(self.lengths):
+                break
+            turn, at = divmod(step, -(-self.limit // self.accumulate))
+            rows |= set(self.step_rows(self.order(epoch + turn), at).tolist())
+        return rows
+
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing happens before the first batch is asked for, so an iterator that Lightning makes and drops costs nothing,
         # and a state loaded after it was made still counts.

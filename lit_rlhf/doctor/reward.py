@@ -197,19 +197,14 @@ def center(case: Case) -> Finding:
 
 def _last_states(case: Case, prompts: list[str], responses: list[str]) -> Tensor:
     """What the head reads for each response, (N, H)."""
-    network, seen = case.network, []  # type: ignore[var-annotated]
-    hook = network.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network = case.network
 
     def states(batch):  # type: ignore[no-untyped-def]
-        network(batch)
-        found = seen.pop()
+        found = network.states(batch)
         return found[torch.arange(len(found)), last_index(batch.response_mask) + 1].float()
 
-    try:
-        with torch.no_grad():
-            return in_parts(network, text_batch(network.tokenizer, prompts, responses).to(case.device), TOKENS, states)
-    finally:
-        hook.remove()
+    with torch.no_grad():
+        return in_parts(network, text_batch(network.tokenizer, prompts, responses).to(case.device), TOKENS, states)
 
 
 def _scores_before_end(case: Case, prompts: list[str], responses: list[str], shift: int) -> Tensor:

@@ -49,7 +49,7 @@ def picture(title: str, marks: Sequence[Mark], fits: Mapping[str, Law]) -> Plot:
         if reward in fits:
             far = max(m.distance for m in known)
             xs = [far * i / CURVE for i in range(CURVE + 1)]
-            series.append(Series(f"{reward}'s fit", xs, [fits[reward](x) for x in xs], kind="dashed"))
+            series.append(Series(f"{reward}'s fit", xs, [fits[reward](x) for x in xs], kind="dashed", like=reward))
     return Plot(title, "sqrt(KL) (nats^½)", "gain (SD of SFT samples)", series)
 
 
@@ -88,7 +88,9 @@ def _partings(partings: Sequence[Parting]) -> Table:
         "gold lost by the end",
         "proxy gained",
     ]
-    note = "Parted: the first iteration after gold's best whose gold is lower beyond the noise (95%) while its proxy is not."
+    note = (
+        "Parted: the first iteration after gold's best whose gold is lower beyond the noise (95%) while its proxy is not; empty: none is."
+    )
     return Table("", head, rows, digits=2, note=note)
 
 

@@ -108,7 +108,7 @@ def best_of_n(rest: Sequence[str], folder: Path, gold: Any, n: int) -> dict[str,
 
 @torch.no_grad()
 def sample_all(run: Any, gold: Any, n: int) -> dict[str, Any]:
-    """Samples and scores, in one process on the device that the Trainer would take."""
+    """Samples and scores, in one process on the device that the Trainer would take, in its precision."""
     module, data, device = run.model, run.datamodule, run.trainer.strategy.root_device
     data.tokenizer = module.tokenizer
     data.setup("validate")
@@ -118,11 +118,13 @@ def sample_all(run: Any, gold: Any, n: int) -> dict[str, Any]:
         proxy.network.mean.zero_()  # as PPO does, so that both have one zero
     rows = []
     for batch in held_out(data):
-        found = candidates(policy, proxy, batch, module.sampling, n, (run_seed(),))
+        with run.trainer.precision_plugin.forward_context():  # as PPO's points are measured
+            found = candidates(policy, proxy, batch, module.sampling, n, (run_seed(),))
         owner = torch.arange(batch.num_prompts).repeat_interleave(n)
         spread = batch.with_responses(found.lengths.view(-1, 1), torch.ones(len(owner), 1, dtype=torch.bool), owner)
         texts = [text for row in found.texts for text in row]
-        golds = None if gold is None else score_texts(gold, spread, texts).view(-1, n).tolist()
+        with run.trainer.precision_plugin.forward_context():
+            golds = None if gold is None else score_texts(gold, spread, texts).view(-1, n).tolist()
         for i, row in enumerate(batch.rows or range(batch.num_prompts)):
             rows.append({"row": row, "proxy": found.scores[i].tolist()} | ({} if golds is None else {"gold": golds[i]}))
     rows.sort(key=lambda row: row["row"])

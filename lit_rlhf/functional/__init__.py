@@ -2,11 +2,13 @@
 
 from lit_rlhf.functional.advantages import gae, token_rewards
 from lit_rlhf.functional.best_of_n import best_of_n_kl, best_of_n_mean, fit_law
+from lit_rlhf.functional.dpo import dpo_loss
 from lit_rlhf.functional.kl import adapt_kl_coef, k1, k2, k3
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.losses import lm_loss, pairwise_loss, pairwise_token_loss, policy_loss, ranking_loss, value_loss
 from lit_rlhf.functional.masking import last_index, masked_mean, through_first, whiten
 from lit_rlhf.functional.preferences import calibration_floor, difference_correlation, label_agreement
+from lit_rlhf.functional.rloo import group_normalised, leave_one_out, rloo_loss
 from lit_rlhf.functional.statistics import bootstrap_mean, calibration_error, correlation, grouped_mean, grouped_share, reliability
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "calibration_floor",
     "correlation",
     "difference_correlation",
+    "dpo_loss",
     "fit_law",
     "gae",
+    "group_normalised",
     "grouped_mean",
     "grouped_share",
     "k1",
@@ -27,6 +31,7 @@ __all__ = [
     "k3",
     "label_agreement",
     "last_index",
+    "leave_one_out",
     "lm_loss",
     "masked_mean",
     "pairwise_loss",
@@ -34,6 +39,7 @@ __all__ = [
     "policy_loss",
     "ranking_loss",
     "reliability",
+    "rloo_loss",
     "through_first",
     "token_entropy",
     "token_logprobs",

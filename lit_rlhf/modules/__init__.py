@@ -1,8 +1,10 @@
-"""The three stages as LightningModules, and best-of-n, which trains nothing."""
+"""The three stages as LightningModules, other algorithms, and best-of-n, which trains nothing."""
 
 from lit_rlhf.modules.best_of_n import BestOfN
+from lit_rlhf.modules.dpo import DPO
 from lit_rlhf.modules.pairwise_reward import PairwiseReward
 from lit_rlhf.modules.ppo import PPO
+from lit_rlhf.modules.rloo import RLOO
 from lit_rlhf.modules.sft import SFT
 
-__all__ = ["PPO", "SFT", "BestOfN", "PairwiseReward"]
+__all__ = ["DPO", "PPO", "RLOO", "SFT", "BestOfN", "PairwiseReward"]

@@ -1,4 +1,4 @@
-"""What the three modules share, as functions and small objects: they have no common parent."""
+"""What the modules share, as functions and small objects: they have no common parent."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lit_rlhf.batch import Batch
 from lit_rlhf.checkpoints import group_settings
 from lit_rlhf.data.loader import run_seed
 from lit_rlhf.generation import Sampling
@@ -123,6 +124,13 @@ def grad_norm(module: Any) -> Tensor:
         dist.all_reduce(squared)
         return squared.sqrt()
     return norm
+
+
+def scored_rows(tokenizer: Any, batch: Batch, scores: Tensor) -> list[dict[str, Any]]:
+    """One dictionary a response for sample tables and jsonl files: prompt, response, score."""
+    ids = [row[kept].tolist() for row, kept in zip(batch.response_ids, batch.response_mask, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [{"prompt": p, "response": r, "score": s} for p, r, s in zip(batch.column("prompt"), texts, scores.tolist(), strict=True)]
 
 
 def reset_metrics(*metrics: Metric) -> None:

@@ -1,6 +1,5 @@
 """PairwiseReward: a reward model from people's choices between two responses (or rankings of K)."""
 
-from collections import Counter
 from typing import Any, Literal
 
 import lightning as L
@@ -13,15 +12,13 @@ from lit_rlhf.batch import Batch
 from lit_rlhf.checkpoints import RunRecord, fingerprint, load, save, settle
 from lit_rlhf.data.common import load_trusted
 from lit_rlhf.functional import pairwise_loss, pairwise_token_loss, ranking_loss
-from lit_rlhf.metrics import PairAccuracy, group_columns
-from lit_rlhf.modules.common import StepMeter, loss_scale, optimizers, record, reseed, reset_metrics, step_stats
+from lit_rlhf.metrics import PairAccuracy, group_columns, shown_accuracies
+from lit_rlhf.modules.common import StepMeter, loss_scale, optimizers, record, reseed, reset_metrics, scored_rows, step_stats
 from lit_rlhf.networks import ScalarModel, score_of
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
 from lit_rlhf.sharding import clip_gradients, full_params, shard
 from lit_rlhf.strategies import check_strategy
-
-MAX_GROUPS = 50
 
 
 class PairwiseReward(L.LightningModule):
@@ -149,7 +146,7 @@ class PairwiseReward(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a response: prompt, response, score."""
-        return self._rows(batch, score_of(self.network(batch), batch.response_mask))
+        return scored_rows(self.tokenizer, batch, score_of(self.network(batch), batch.response_mask))
 
     def export_networks(self) -> dict[str, ScalarModel]:
         """What ExportHF writes: the reward model, its mean over references set first (on all ranks)."""
@@ -178,26 +175,13 @@ class PairwiseReward(L.LightningModule):
         groups = {name: [values[m] for m in owner] for name, values in group_columns(batch.columns).items()}
         self.accuracy.update(scores[first], scores[second], groups)
         if batch_idx == 0:
-            self.samples = self._rows(batch, scores)
+            self.samples = scored_rows(self.tokenizer, batch, scores)
         return scores
 
     def _report(self, stage: str) -> None:
-        found = self.accuracy.compute()
-        kinds = Counter(name.split("/")[1] for name in found if name.startswith("accuracy/"))
-        shown = {
-            name: value
-            for name, value in found.items()
-            if name == "accuracy" or (name.startswith("accuracy/") and kinds[name.split("/")[1]] <= MAX_GROUPS)
-        }
-        self.log_dict({f"{stage}/loss": self.val_loss.compute()} | {f"{stage}/{name}": value for name, value in shown.items()})
+        values = {"loss": self.val_loss.compute()} | shown_accuracies(self.accuracy.compute())
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         reset_metrics(self.accuracy, self.val_loss)
-
-    def _rows(self, batch: Batch, scores: Tensor) -> list[dict[str, Any]]:
-        texts = self.tokenizer.batch_decode(
-            [ids[kept].tolist() for ids, kept in zip(batch.response_ids, batch.response_mask, strict=True)], skip_special_tokens=True
-        )
-        prompts = batch.column("prompt")
-        return [{"prompt": p, "response": r, "score": s} for p, r, s in zip(prompts, texts, scores.tolist(), strict=True)]
 
     @torch.no_grad()
     def _mean_reference_score(self) -> float:

@@ -12,38 +12,25 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Batch, Experience
 from lit_rlhf.checkpoints import RunRecord, settle
-from lit_rlhf.collapse import CollapseWatch, sign_stats, signs
+from lit_rlhf.collapse import CollapseWatch
 from lit_rlhf.data.common import load_trusted
-from lit_rlhf.data.loader import permutation, run_seed, split_by_tokens
-from lit_rlhf.functional import adapt_kl_coef, k1, lm_loss, policy_loss, value_loss
+from lit_rlhf.data.loader import split_by_tokens
+from lit_rlhf.functional import lm_loss, policy_loss, value_loss
 from lit_rlhf.generation import Sampling
 from lit_rlhf.metrics import Rouge
-from lit_rlhf.modules.common import (
-    PREDICTION,
-    VALIDATION,
-    StepMeter,
-    as_sampling,
-    loss_scale,
-    optimizers,
-    record,
-    reseed,
-    reset_metrics,
-    step_stats,
-)
+from lit_rlhf.modules.common import PREDICTION, StepMeter, as_sampling, loss_scale, optimizers, record, reseed, step_stats
+from lit_rlhf.modules.iterations import begin, draw, evaluate, load_reward, minibatch, note, report, sampled_rows, val_metrics
 from lit_rlhf.modules.ppo_checks import check_run, check_settings, load_value
 from lit_rlhf.modules.ppo_state import Journal, begin_anew, load_state, save_state, source_fingerprints, warn_stopped, where
-from lit_rlhf.modules.sft import response_rows
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.optim import LRSchedule, Schedule
 from lit_rlhf.perf import Clock
 from lit_rlhf.pretrained import check_source, context_length_of, load_tokenizer
-from lit_rlhf.rollout import Actors, RunningMoments, Shaping, agree, collect, gather, shape
-from lit_rlhf.scoring import FunctionScorer, ModelScorer
-from lit_rlhf.sharding import clip_gradients, full_params, shard
+from lit_rlhf.rollout import Actors, RunningMoments, Shaping, shape
+from lit_rlhf.sharding import clip_gradients, shard
 
 
 class PPO(L.LightningModule):
@@ -156,7 +143,7 @@ class PPO(L.LightningModule):
         self.value: ScalarModel | None = None
         self.scorer: torch.nn.Module | None = None
         self.rouge = Rouge(tokenizer=rouge_tokenizer)
-        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("score", "kl", "length", "eos_rate")})
+        self.val_metrics = val_metrics()
         self.meter, self.run, self.journal, self.clock = StepMeter(), RunRecord(), Journal(), Clock()
         self.samples: list[dict[str, Any]] = []
         self.iteration, self.position, self.step_position, self.episodes, self.stopped = 0, 0, 0, 0, False
@@ -202,13 +189,7 @@ class PPO(L.LightningModule):
         if self.training_setup["peft"] is None:
             self.reference = shard(CausalPolicy.load(self.model, tokenizer=self.tokenizer, **loading).requires_grad_(False), self._trainer)
         self.value = shard(load_value(self, loading), self._trainer)
-        if self.reward_fn is not None:
-            self.scorer = FunctionScorer(self.reward_fn, timeout=self.reward_timeout)
-        else:
-            network = ScalarModel.load(self.reward_model, **self.loading, trust_remote_code=self.source["trust_remote_code"])
-            if self.reward_baseline != "mean":
-                network.mean.zero_()
-            self.scorer = ModelScorer(shard(network.requires_grad_(False), self._trainer), tokens_per_forward=self.tokens_per_forward)
+        self.scorer = load_reward(self)
         self.run.fingerprints = source_fingerprints(self)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -238,55 +219,21 @@ class PPO(L.LightningModule):
         return self.steps_per_iteration * self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        micro = self.run.begin(self.trainer, batch_idx)
-        if self.position >= self.items:
-            self.iteration, self.position, self.experience, self.stopped = self.iteration + 1, 0, None, False
-        self.step_position = self.position if micro == 0 else self.step_position
-        self.journal.replay(self)
-        if self.experience is None:
-            self._collect()
+        begin(self, batch_idx)
 
     def _collect(self) -> None:
         """Makes the iteration's experience, logs it, and lets the KL coefficient adapt for the next one."""
-        world, rank = self.trainer.world_size, self.global_rank
-        prompts = self.trainer.datamodule.prompts(0 if self.trainer.overfit_batches else self.iteration, self.num_prompts)
-        mine = range(rank * self.num_prompts // world, (rank + 1) * self.num_prompts // world)
-        setting = {"num_responses": self.responses_per_prompt, "tokens_per_forward": self.tokens_per_forward, "rows": mine}
-        setting |= {"key": (run_seed(), self.iteration), "subtract_reference": self.reward_baseline == "reference", "clock": self.clock}
-        with self.trainer.precision_plugin.forward_context(), full_params(self.trainer.model):  # networks only: bf16-true rounds all else
-            rollout = gather(lambda: collect(self.actors, prompts.select_prompts(mine), self.sampling, **setting))
-        found = signs(rollout.texts, rollout.batch.response_ids, rollout.batch.response_mask, rollout.finished)
-        self.collapse(found, self.iteration)
+        rollout, look = draw(self)
         center = self.center_values and self.episodes == 0
         self.experience, stats = shape(rollout, self.kl_coef, self.shaping, self.moments, center_values=center)
         if center:
             self.value.set_mean(float(self.value.mean + stats["value_offset"]))
-        self.episodes += self.batch_size
-        stats |= {"kl_coef": torch.tensor(self.kl_coef), "episodes": torch.tensor(float(self.episodes))} | sign_stats(found)
-        if self.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(
-                self.kl_coef, float(stats["kl"]), target=self.kl_target, horizon=self.kl_horizon, n=self.batch_size
-            )
-        self.journal.entries = []
-        self.journal.add(self, {f"rollout/{name}": value for name, value in stats.items()})
-        self.clock.begin("update")
+        note(self, stats | look)
 
     def micro_batch(self, position: int) -> tuple[Experience, int]:
-        """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens over all ranks.
-
-        The prompts' order is a function of (seed, iteration, epoch); the responses of a prompt stay together.
-        """
-        step, micro = divmod(position, self.trainer.accumulate_grad_batches)
-        epoch, minibatch = divmod(step, self.minibatches)
-        order = permutation(self.num_prompts, run_seed(), self.iteration, epoch).tolist()
-        prompts = order[minibatch * self.num_prompts // self.minibatches : (minibatch + 1) * self.num_prompts // self.minibatches]
-        lengths = self.experience.batch.response_mask.sum(1).view(self.num_prompts, -1).sum(1)
-        sizes = (self.experience.batch.prompt_mask.sum(1) + lengths)[prompts].tolist()
-        parts = split_by_tokens(sizes, self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        mine = parts[micro * self.trainer.world_size + self.global_rank]
-        k = self.responses_per_prompt
-        rows = [prompts[i] * k + j for i in mine for j in range(k)]
-        return self.experience.select(rows).to(self.device), int(lengths[prompts].sum())
+        """This rank's part of the minibatch at `position` in the iteration, and the minibatch's tokens over all ranks."""
+        experience, tokens, _ = minibatch(self, position)
+        return experience, tokens
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         experience, count = self.micro_batch(self.position)
@@ -340,50 +287,20 @@ class PPO(L.LightningModule):
     # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+        evaluate(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        report(self, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+        evaluate(self, batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _evaluate(self, batch: Batch, batch_idx: int) -> None:
-        """Samples at the training temperature with noise that is the same at every validation."""
-        if batch_idx == 0:
-            self.samples = []
-        rows = self._collect_rows(batch, VALIDATION)
-        self.samples += rows
-        for name, metric in self.val_metrics.items():
-            metric.update(torch.tensor([float(row[name]) for row in rows], device=self.device))
-        scored = [row for row in rows if row.get("reference") is not None]
-        self.rouge.update([row["response"] for row in scored], [row["reference"] for row in scored])
-
-    def _collect_rows(self, batch: Batch, purpose: int) -> list[dict[str, Any]]:
-        actors = Actors(self.policy, self.reference, None, self.scorer)
-        setting = {"subtract_reference": self.reward_baseline == "reference", "tokens_per_forward": self.tokens_per_forward}
-        made = agree(lambda: collect(actors, batch, self.sampling, key=(run_seed(), purpose), **setting))
-        mask = made.batch.response_mask
-        return response_rows(
-            batch.columns,
-            made.texts,
-            score=made.scores.tolist(),
-            kl=(k1(made.logprobs, made.ref_logprobs) * mask).sum(1).tolist(),
-            length=mask.sum(1).tolist(),
-            eos_rate=made.finished.tolist(),
-        )
-
-    def _report(self, stage: str) -> None:
-        values = {name: metric.compute() for name, metric in self.val_metrics.items()} | self.rouge.compute()
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
-        reset_metrics(*self.val_metrics.values(), self.rouge)
+        report(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary a prompt: prompt, response, reference where known, score, kl, length."""
-        return self._collect_rows(batch, PREDICTION)
+        return sampled_rows(self, batch, PREDICTION)
 
     def export_networks(self) -> dict[str, CausalPolicy | ScalarModel]:
         """What ExportHF writes: policy and value network, each in its own directory."""

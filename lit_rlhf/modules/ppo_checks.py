@@ -1,4 +1,4 @@
-"""What PPO refuses before anything loads: settings that contradict each other, the data, the Trainer, a value network of other ids."""
+"""What PPO and RLOO refuse before anything loads: settings that contradict each other, the data, the Trainer, a value network's ids."""
 
 from typing import Any
 
@@ -10,37 +10,58 @@ from lit_rlhf.strategies import check_strategy
 
 def check_settings(ppo: Any) -> None:
     """Raises ValueError, TypeError or FileNotFoundError for arguments of PPO that cannot work together."""
+    check_sampled(ppo)
+    if ppo.value_init == "reward" and ppo.reward_model is None:
+        raise ValueError("value_init is 'reward', but there is no reward_model; use 'sft' or a directory")
+    if ppo.value_init not in ("reward", "sft"):
+        check_source(ppo.value_init)
+    if ppo.value_clip is not None and ppo.value_clip <= 0:
+        raise ValueError(f"value_clip must be above 0, got {ppo.value_clip}; null switches it off")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(ppo.shaping, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(ppo.shaping, name)}")
+
+
+def check_groups(rloo: Any) -> None:
+    """Raises ValueError for an advantage that the number of responses per prompt does not allow."""
+    if rloo.advantage != "moving_mean" and rloo.responses_per_prompt < 2:
+        raise ValueError(
+            f"advantage {rloo.advantage!r} compares the responses to one prompt, and responses_per_prompt is {rloo.responses_per_prompt}: "
+            "give at least 2, or advantage: moving_mean"
+        )
+
+
+def check_sampled(ppo: Any) -> None:
+    """Raises what `check_settings` does, for the arguments that PPO and RLOO share."""
     if (ppo.reward_model is None) == (ppo.reward_fn is None):
         raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if ppo.reward_model else ""))
     if ppo.reward_fn is not None:
         check_reward_fn(ppo.reward_fn)
     else:
         check_source(ppo.reward_model)
-    if ppo.value_init == "reward" and ppo.reward_model is None:
-        raise ValueError("value_init is 'reward', but there is no reward_model; use 'sft' or a directory")
-    if ppo.value_init not in ("reward", "sft"):
-        check_source(ppo.value_init)
     if ppo.sampling.temperature <= 0:
-        raise ValueError("PPO needs sampling.temperature > 0: greedy responses have no probability to change")
-    for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
-        if getattr(ppo, name) < 1:
+        raise ValueError(f"{algorithm(ppo)} needs sampling.temperature > 0: greedy responses have no probability to change")
+    for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
+        if getattr(ppo, name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(ppo, name)}")
     if ppo.kl_target is not None and ppo.kl_target <= 0:
         raise ValueError(f"kl_target must be above 0 nats per response (or null for a fixed coefficient), got {ppo.kl_target}")
     if ppo.kl_target is not None and ppo.batch_size >= 5 * ppo.kl_horizon:
         raise ValueError(f"kl_horizon {ppo.kl_horizon} must be over a fifth of batch_size {ppo.batch_size}, or the coefficient reaches 0")
-    for name, number in (("clip", ppo.clip), ("value_clip", ppo.value_clip), ("score_clip", ppo.shaping.score_clip)):
+    for name, number in (("clip", ppo.clip), ("score_clip", ppo.shaping.score_clip)):
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be above 0, got {number}" + ("" if name == "clip" else "; null switches it off"))
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(ppo.shaping, name) <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {getattr(ppo.shaping, name)}")
     if ppo.batch_size % ppo.responses_per_prompt:
         raise ValueError(f"batch_size {ppo.batch_size} must be a multiple of responses_per_prompt {ppo.responses_per_prompt}")
 
 
+def algorithm(module: Any) -> str:
+    """The name of the module's algorithm, whatever a user's subclass is called."""
+    return "PPO" if hasattr(module, "ppo_epochs") else "RLOO"
+
+
 def check_run(ppo: Any, stage: str) -> None:
-    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO."""
+    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO or RLOO."""
     check_strategy(ppo)
     if stage == "fit":
         _check_trainer(ppo, ppo.trainer)
@@ -52,12 +73,13 @@ def check_run(ppo: Any, stage: str) -> None:
 def _check_trainer(ppo: Any, trainer: Any) -> None:
     if not hasattr(trainer.datamodule, "prompts"):
         raise TypeError(
-            "PPO trains on a PromptDataModule (fit(ppo, datamodule=PromptDataModule(…))): it draws each iteration's prompts by number"
+            f"{(name := algorithm(ppo))} trains on a PromptDataModule (fit({name.lower()}, datamodule=PromptDataModule(…))): it draws each "
+            "iteration's prompts by number"
         )
-    if bool(ppo.ptx_coef) != (getattr(trainer.datamodule, "ptx_data", None) is not None):
+    if bool(getattr(ppo, "ptx_coef", 0)) != (getattr(trainer.datamodule, "ptx_data", None) is not None):
         raise ValueError("ptx_coef needs the rows of PromptDataModule(ptx_data=…), and the rows need a ptx_coef: give both or neither")
     if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
-        raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or ppo_epochs")
+        raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or fewer epochs")
     parts = ppo.minibatches * trainer.accumulate_grad_batches * trainer.world_size
     if ppo.num_prompts < parts:
         raise ValueError(

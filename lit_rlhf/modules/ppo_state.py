@@ -1,4 +1,4 @@
-"""What a PPO checkpoint holds beside weights and Lightning's counters, so that a run goes on from any step as if it had never stopped.
+"""What a checkpoint of PPO or RLOO holds beside weights and Lightning's counters, so that a run goes on as if it had never stopped.
 
 Counters, KL coefficient, running score moments; in mid-iteration also the experience (of all ranks: every rank holds it whole), the
 numbers logged in the iteration so far, and whether its updates were stopped.
@@ -53,7 +53,7 @@ class Journal:
 
 
 def save_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
-    """Adds PPO's state to a checkpoint."""
+    """Adds the state of PPO or RLOO to a checkpoint."""
     save(ppo, checkpoint)
     state = {name: getattr(ppo, name) for name in COUNTERS}
     position = ppo.step_position if ppo.run.unfinished(ppo.trainer) else ppo.position
@@ -92,8 +92,9 @@ def begin_anew(ppo: Any) -> None:
 
 def fixed(ppo: Any) -> dict[str, Any]:
     """The settings that may not change within an iteration: they say which responses the remaining updates learn from."""
-    names = ("batch_size", "responses_per_prompt", "ppo_epochs", "minibatches")
-    return {name: getattr(ppo, name) for name in names} | {"seed": run_seed(), "temperature": ppo.sampling.temperature}
+    names = ("batch_size", "responses_per_prompt", "ppo_epochs", "epochs", "minibatches")
+    own = {name: getattr(ppo, name) for name in names if hasattr(ppo, name)}
+    return own | {"seed": run_seed(), "temperature": ppo.sampling.temperature}
 
 
 def check_fixed(ppo: Any, state: dict[str, Any]) -> None:
@@ -101,9 +102,10 @@ def check_fixed(ppo: Any, state: dict[str, Any]) -> None:
     now = fixed(ppo)
     changed = [f"{name} was {old} and is {now[name]}" for name, old in state["fixed"].items() if now[name] != old]
     if changed:
+        epochs = state["fixed"].get("ppo_epochs") or state["fixed"]["epochs"]
         raise ValueError(
             f"the checkpoint is from the middle of iteration {state['iteration']} (after update {state['updates']} "
-            f"of {state['fixed']['ppo_epochs'] * state['fixed']['minibatches']}), and {', '.join(changed)}: "
+            f"of {epochs * state['fixed']['minibatches']}), and {', '.join(changed)}: "
             "resume with what it was, or from a checkpoint at the end of an iteration"
         )
 
@@ -113,7 +115,7 @@ def source_fingerprints(ppo: Any) -> dict[str, str]:
     found = {"model": fingerprint(ppo.model, ppo.source["revision"])}
     if ppo.reward_model is not None:
         found["reward_model"] = fingerprint(ppo.reward_model)
-    if ppo.value_init not in ("reward", "sft"):
+    if getattr(ppo, "value_init", "sft") not in ("reward", "sft"):
         found["value_init"] = fingerprint(ppo.value_init)
     return found
 

@@ -41,9 +41,13 @@ def measure(fit: Callable[[L.Callback], Any]) -> dict[str, int]:
         fit: runs a Trainer's fit with the callback that it gets.
     """
     tracker = Tracker()
-    with tracker, _marked(tracker, lit_rlhf.rollout, "sample", "sampling"), _marked(tracker, lit_rlhf.modules.ppo, "collect", "scoring"):
-        with _marked(tracker, lit_rlhf.modules.sft, "sample", "sampling"):
-            fit(PhaseMarker(tracker))
+    with (
+        tracker,
+        _marked(tracker, lit_rlhf.rollout, "sample", "sampling"),
+        _marked(tracker, lit_rlhf.modules.iterations, "collect", "scoring"),
+        _marked(tracker, lit_rlhf.modules.sft, "sample", "sampling"),
+    ):
+        fit(PhaseMarker(tracker))
     return tracker.peaks()
 
 

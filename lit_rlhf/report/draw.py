@@ -15,6 +15,8 @@ LETTER = 0.6  # an average letter's width in parts of its size
 TICK_SIZE = 10
 NAME_LETTERS = 24  # of a bar's name; a longer one loses its middle
 COLOURS = 6  # in the palette; more series begin it again
+ASIDE = 4  # pixels between the whiskers of two series at one x
+MARGIN = 0.025  # of the x axis at either end, where points are drawn: none lies on the edge
 
 Point = tuple[float, float]
 At = Callable[[float, float], Point]
@@ -103,31 +105,52 @@ def _draw_plot(plot: Plot) -> Drawing:
     y_ticks = ticks(min(ys), max(ys), 5)
     low_x, high_x = min(xs), max(xs)
     x_ticks = log_ticks(xs) if plot.x_log else [x for x in ticks(low_x, high_x, 5) if low_x <= x <= high_x]
-    legend, legend_height = _legend([s.name for s in series], [s.kind for s in series])
+    colours = _colours(series)
+    legend, legend_height = _legend([s.name for s in series], [s.kind for s in series], colours)
     top = TITLE + legend_height
     left = 24 + max(_width(number(y)) for y in y_ticks)
     right, bottom = WIDTH - RIGHT, top + PLOT_HEIGHT
     scale = math.log10 if plot.x_log else float
     begin, span = scale(low_x), (scale(high_x) - scale(low_x)) or 1.0
+    free = MARGIN * span if plot.x_range is None and any(s.kind == "points" for s in series) else 0.0
+    begin, span = begin - free, span + 2 * free
     low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
     def at(x: float, y: float) -> Point:
         return left + (scale(x) - begin) / span * (right - left), bottom - (y - low_y) / (high_y - low_y) * PLOT_HEIGHT
 
     marks = [Mark("text", "title", ((2, 14),), plot.title), *legend]
-    for y in y_ticks:
-        marks += [Mark("path", "grid", (at(low_x, y), (right, at(low_x, y)[1])))]
-        marks += [Mark("text", "tick", ((left - 5, at(low_x, y)[1] + 3),), number(y), "end")]
+    for y, (_, height) in ((y, at(low_x, y)) for y in y_ticks):
+        marks += [Mark("path", "grid", ((left, height), (right, height)))]
+        marks += [Mark("text", "tick", ((left - 5, height + 3),), number(y), "end")]
     marks += [Mark("text", "tick", ((at(x, low_y)[0], bottom + 14),), number(x), "middle") for x in x_ticks]
     marks += [Mark("text", "label", (((left + right) / 2, bottom + 31),), plot.x_label, "middle")]
     marks += [Mark("text", "label", ((11, (top + bottom) / 2),), plot.y_label, "middle", turned=True)]
     if plot.diagonal:
         low, high = max(low_x, low_y), min(high_x, high_y)
         marks += [Mark("path", "level", (at(low, low), at(high, high)))]
-    for i, s in enumerate(series):
-        marks += _series(s, i % COLOURS, at)
+    for s, colour, aside in zip(series, colours, _asides(series), strict=True):
+        marks += _series(s, colour, lambda x, y, aside=aside: (at(x, y)[0] + aside, at(x, y)[1]))
     marks += _levels(plot.levels, lambda y: at(low_x, y)[1], left, right)
     return Drawing(plot.title, WIDTH, bottom + 38, marks)
+
+
+def _colours(series: Sequence[Series]) -> list[int]:
+    """The number of each series' colour: that of the series it is `like`, else the next."""
+    found: dict[str, int] = {}
+    numbers, new = [], 0
+    for s in series:
+        numbers.append(found.get(s.like, new % COLOURS) if s.like else new % COLOURS)
+        new += s.like not in found
+        found.setdefault(s.name, numbers[-1])
+    return numbers
+
+
+def _asides(series: Sequence[Series]) -> list[float]:
+    """By how many pixels each series stands beside its x, so that whiskers of several do not cover each other."""
+    whiskered = [i for i, s in enumerate(series) if s.kind == "points" and s.low is not None]
+    shifts = {i: ASIDE * (k - (len(whiskered) - 1) / 2) for k, i in enumerate(whiskered)}
+    return [shifts.get(i, 0.0) for i in range(len(series))]
 
 
 def _levels(levels: Mapping[str, float], height: Callable[[float], float], left: float, right: float) -> list[Mark]:
@@ -159,16 +182,16 @@ def _series(series: Series, colour: int, at: At) -> list[Mark]:
     return marks + (dots if len(points) <= 12 else [])
 
 
-def _legend(names: Sequence[str], kinds: Sequence[str]) -> tuple[list[Mark], float]:
+def _legend(names: Sequence[str], kinds: Sequence[str], colours: Sequence[int]) -> tuple[list[Mark], float]:
     """The names of two or more series in rows below the title, and the height that they take."""
     if len(names) < 2:
         return [], 4.0
     marks, x, y = [], 2.0, TITLE + 6.0
-    for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+    for name, kind, colour in zip(names, kinds, colours, strict=True):
         wide = 18 + _width(name) + 12
         if x > 2 and x + wide > WIDTH:
             x, y = 2.0, y + LEGEND_ROW
-        style = {"points": "dot", "columns": "column"}.get(kind, kind) + str(i % COLOURS)
+        style = {"points": "dot", "columns": "column"}.get(kind, kind) + str(colour)
         if kind == "points":
             marks.append(Mark("dot", style, ((x + 7, y - 4),)))
         elif kind == "columns":

@@ -16,6 +16,7 @@ class Series:
         low, high: the interval of each y, as long as y: a band around a line, whiskers on points.
         kind: "line", "dashed", "points", or "columns", whose x holds the len(y) + 1 edges of the columns.
         hints: what a pointer over each point is told; default its numbers.
+        like: the name of an earlier series whose colour it takes, e.g. of the points that a curve was fitted to.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Series:
     high: Sequence[float] | None = None
     kind: Literal["line", "dashed", "points", "columns"] = "line"
     hints: Sequence[str] | None = None
+    like: str | None = None
 
     def __post_init__(self) -> None:
         wanted = len(self.y) + (self.kind == "columns")

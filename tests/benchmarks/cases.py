@@ -72,11 +72,16 @@ CASES = {
         + [Run(f"growth_256x{k}", "ours", "ppo", 1, rows="long256", responses=k, **PPO) for k in (2, 4, 8)],
         turns=1,
     ),
-    # Asked for by name (CASES="sft32 …"); issue 6 adds dpo and rloo here when ours has them.
+    "dpo": Case(pair("dpo", "dpo", 4), [Ratio("DPO, Debian, 16 pairs a step", "dpo_ours", "dpo_trl", "pairs/s", 8.0)]),
+    "rloo": Case(
+        pair("rloo", "rloo", 1, batch=32, responses=4),
+        [Ratio("RLOO, 8 prompts x 4, float32", "rloo_ours", "rloo_trl", "responses/s", 4.0)],
+    ),
+    # Asked for by name (CASES="sft32 …").
     "sft32": Case(pair("sft32", "sft", 3, batch=32), [Ratio("SFT, Debian, 32 rows a step", "sft32_ours", "sft32_trl", "rows/s", 3.5)]),
     "reward32": Case(
         pair("reward32", "reward", 3, batch=32),
         [Ratio("reward, Debian, 32 pairs a step", "reward32_ours", "reward32_trl", "pairs/s", 5.0)],
     ),
 }
-DEFAULT = ("sft", "reward", "hh", "ppo", "growth")
+DEFAULT = ("sft", "reward", "hh", "ppo", "dpo", "rloo", "growth")

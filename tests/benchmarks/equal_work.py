@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-TOLERANCE = 1e-4
+TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
 
 
 def stop(message: str) -> None:
@@ -38,6 +38,17 @@ def check_ppo(ours: Path, theirs: Path) -> dict[str, float]:
         if not gap <= TOLERANCE:
             stop(f"ppo: the largest difference of {name} is {gap:.3g}, over {TOLERANCE:g}")
     gaps["logprobs_without_pad"] = float((a["logprobs_without_pad"] - b["logprobs"]).abs().max())
+    return gaps
+
+
+def check_losses(ours: Path, theirs: Path, stage: str) -> dict[str, float]:
+    """The same losses (and advantages) of the same responses by a policy that differs from its reference, as dumped by both."""
+    a, b = (torch.load(path, weights_only=True) for path in (ours, theirs))
+    gaps = {name: float((a[name].double() - b[name].double()).abs().max()) for name in b}
+    for name, gap in gaps.items():
+        limit = LOSS_TOLERANCE if name not in ("logprobs", "advantages") else TOLERANCE
+        if not gap <= limit * max(1.0, float(b[name].double().abs().max())):
+            stop(f"{stage}: the largest difference of {name} is {gap:.3g}, over {limit:g} of {float(b[name].double().abs().max()):.4g}")
     return gaps
 
 

@@ -110,6 +110,15 @@ def reset_peak() -> float:
     return memory()["rss"]
 
 
+@torch.no_grad()
+def move(model: torch.nn.Module, by: float, seed: int) -> torch.nn.Module:
+    """Adds normal noise to every weight, the same in both environments: a policy that differs from its reference."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, weight in sorted(model.named_parameters()):
+        weight.add_(by * torch.randn(weight.shape, generator=generator))
+    return model
+
+
 def matmul_peak(dtype: torch.dtype, size: int = 4096, tries: int = 6) -> float:
     """The best of `tries` square matrix products, in GFLOP/s: what this process's threads can do at most."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

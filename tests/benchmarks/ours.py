@@ -16,13 +16,15 @@ import torch
 from job import Job
 from work_done import Tally
 
+import lit_rlhf.modules.reference
 import lit_rlhf.networks
 import lit_rlhf.rollout
 from lit_rlhf.batch import Batch
 from lit_rlhf.data import PairwiseDataModule, PromptDataModule, SFTDataModule
 from lit_rlhf.data.tokenise import Encoder
+from lit_rlhf.functional import dpo_loss, leave_one_out, rloo_loss, token_rewards
 from lit_rlhf.generation import Sampling
-from lit_rlhf.modules import PPO, SFT, PairwiseReward
+from lit_rlhf.modules import DPO, PPO, RLOO, SFT, PairwiseReward
 from lit_rlhf.networks import CausalPolicy, ScalarModel, score_of
 from lit_rlhf.optim import Schedule
 
@@ -71,18 +73,13 @@ def build(run: Job) -> tuple[L.LightningModule, L.LightningDataModule, int]:
         return SFT(policy, **common), SFTDataModule(file, batch_size=run.batch, **job.CUT), 1
     if run.stage == "reward":
         return PairwiseReward(reward, **common), PairwiseDataModule(file, batch_size=run.batch, **job.CUT), 1
-    if run.stage != "ppo":
-        raise SystemExit(f"lit_rlhf has no {run.stage} yet")
-    ppo = PPO(
-        policy,
-        reward_model=reward,
-        sampling=Sampling(max_new_tokens=job.NEW_TOKENS, temperature=job.TEMPERATURE),
-        batch_size=run.batch,
-        responses_per_prompt=run.responses,
-        ppo_epochs=job.PPO_EPOCHS,
-        collapse_patience=None,  # random weights
-        **common,
-    )
+    if run.stage == "dpo":
+        return DPO(policy, beta=job.BETA["dpo"], **common), PairwiseDataModule(file, batch_size=run.batch, **job.CUT), 1
+    common |= {"sampling": Sampling(max_new_tokens=job.NEW_TOKENS, temperature=job.TEMPERATURE), "batch_size": run.batch}
+    common |= {"reward_model": reward, "responses_per_prompt": run.responses, "collapse_patience": None}  # random weights
+    if run.stage == "rloo":
+        return RLOO(policy, kl_coef=job.BETA["rloo"], **common), PromptDataModule(file, **job.CUT), 1
+    ppo = PPO(policy, ppo_epochs=job.PPO_EPOCHS, **common)
     return ppo, PromptDataModule(file, **job.CUT), job.PPO_EPOCHS
 
 
@@ -100,14 +97,49 @@ def check(run: Job) -> None:
     torch.save(dump | {"mask": mask, "values": scalars[:, :-1] * mask, "scores": score_of(scalars, mask)}, run.out)
 
 
+@torch.no_grad()
+def check_dpo(run: Job) -> None:
+    """The losses of the first batch by a policy that has moved away from its reference."""
+    network, data = CausalPolicy.load(str(run.work / "policy")), PairwiseDataModule(str(run.work / f"{run.data}.jsonl"), **job.CUT)
+    data.tokenizer, data.batch_size = network.tokenizer, run.batch
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    reference = network(batch)[0].sum(1)
+    measuring.move(network.lm, 5e-3, 1)
+    ratios, lengths, (first, second) = network(batch)[0].sum(1) - reference, batch.response_mask.sum(1), batch.pairs.unbind(1)
+    found = {"sigmoid": ratios, "ipo": ratios / lengths}
+    dump = {kind: dpo_loss(r[first], r[second], beta=job.BETA["dpo"], kind=kind)[0] for kind, r in found.items()}  # type: ignore[arg-type]
+    torch.save(dump | {"tokens": batch.response_mask.sum()}, run.out)
+
+
+@torch.no_grad()
+def check_rloo(run: Job) -> None:
+    """Advantages of given responses and scores, and the loss after the policy has moved on."""
+    network = CausalPolicy.load(str(run.work / "policy"))
+    encoder = Encoder(network.tokenizer)
+    with open(run.work / f"{run.data}.jsonl") as lines:
+        prompts = encoder.ids([json.loads(line)["prompt"] for line in lines])
+    k = run.responses
+    responses = job.check_responses(k * len(prompts), len(network.tokenizer), encoder.eos)
+    batch = Batch.of(prompts, responses, [m for m in range(len(prompts)) for _ in range(k)])
+    reference, mask = network(batch, temperature=job.TEMPERATURE)[0], batch.response_mask
+    measuring.move(network.lm, 1e-3, 1)
+    old = network(batch, temperature=job.TEMPERATURE)[0]
+    rewards = token_rewards(old, reference, torch.tensor(job.check_scores(responses)), mask, kl_coef=job.BETA["rloo"])
+    advantages = leave_one_out(rewards.sum(1), k)
+    measuring.move(network.lm, 3e-4, 2)
+    loss, stats = rloo_loss(network(batch, temperature=job.TEMPERATURE)[0], old, advantages, mask)
+    torch.save({"loss": loss, "advantages": advantages, "logprobs": old.sum(1), "clip_fraction": stats["clip_fraction"]}, run.out)
+
+
 def main() -> None:
     run = job.parse()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     measuring.set_threads(run)
-    if run.stage == "check":
-        return check(run)
+    if run.stage.startswith("check"):
+        return {"check": check, "check_dpo": check_dpo, "check_rloo": check_rloo}[run.stage](run)
     L.seed_everything(job.SEED, verbose=False)
     module, data, updates = build(run)
     clock = measuring.Clock()
@@ -118,6 +150,7 @@ def main() -> None:
         (lit_rlhf.rollout, "sample", "sampling"),
         (lit_rlhf.rollout, "in_parts", "log-probs and values"),
         (lit_rlhf.rollout, "score_texts", "reward model"),
+        (lit_rlhf.modules.reference.ReferenceLogprobs, "_compute", "reference"),
     ):
         clock.watch(owner, name, phase)
     tally.watch(lit_rlhf.networks)
@@ -136,7 +169,17 @@ def main() -> None:
     )
     measuring.profiled(run, lambda: trainer.fit(module, data))
     found = measuring.result(run, "ours", clock, watch.loaded, run.batch, losses=watch.losses, first=watch.first)
+    if run.stage == "dpo":
+        found |= with_reference(found, clock, watch)
     measuring.emit(run, found | tally.figures(run, found))
+
+
+def with_reference(found: dict[str, Any], clock: measuring.Clock, watch: Watch) -> dict[str, Any]:
+    """DPO's figures with each step's share of the reference's log-probs, which are computed before the first step, once for all of them."""
+    share = sum(clock.phases["reference"]) / max(len(watch.losses), 1)
+    seconds = [s + share for s in found["seconds"]]
+    rate = found["units"] * len(seconds) / (sum(seconds) or 1)
+    return {"seconds": seconds, "seconds_per_step": found["seconds_per_step"] + share, "units_per_second": rate, "reference_seconds": share}
 
 
 if __name__ == "__main__":

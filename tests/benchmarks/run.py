@@ -18,12 +18,12 @@ from typing import Any
 
 import environments
 from cases import CASES, DEFAULT, Run
-from equal_work import check_first_step, check_ppo
+from equal_work import check_first_step, check_losses, check_ppo
 from report import machine, summary, terminal_table, write_chart
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-OTHERS = 0.1  # processor seconds a second
+OTHERS = 0.2  # processor seconds a second
 
 
 def options() -> argparse.Namespace:
@@ -110,7 +110,11 @@ class Bench:
             if name in ("ppo", "growth") and "ppo" not in done:
                 ours, theirs = (self.start(f"check-{side}.pt", side, [stage], "") for side, stage in (("ours", "check"), ("trl", "check")))
                 done["ppo"] = check_ppo(ours, theirs)
-            elif name not in ("ppo", "growth"):
+            if name in ("dpo", "rloo"):
+                more = ["--responses", str(runs[0].responses), "--batch", str(runs[0].batch)]
+                dumps = [self.start(f"check-{name}-{side}.pt", side, [f"check_{name}", *more], "") for side in ("ours", "trl")]
+                done[f"{name}_losses"] = check_losses(*dumps, name)
+            if name not in ("ppo", "growth", "rloo"):
                 files = [self.start(f"check-{run.name}.json", run.side, run.arguments(0), "") for run in runs]
                 done[name] = check_first_step(*(json.loads(file.read_text()) for file in files))
         return done
@@ -119,7 +123,7 @@ class Bench:
 def main() -> None:
     args = options()
     if args.quick:
-        args.turns, args.cases = 1, ["sft", "reward", "ppo"]
+        args.turns, args.cases = 1, ["sft", "reward", "ppo", "dpo", "rloo"]
     bench = Bench(args)
     bench.prepare()
     if not args.quick:

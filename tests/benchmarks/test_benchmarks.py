@@ -101,6 +101,25 @@ def test_unequal_ppo_numbers_stop_the_bench(tmp_path):
         equal_work.check_ppo(tmp_path / "a", tmp_path / "c")
 
 
+def test_unequal_losses_stop_the_bench(tmp_path):
+    good = {"loss": torch.tensor(2.0), "advantages": torch.tensor([0.5, 50.0])}
+    for name, dump in (("a", good), ("b", good | {"loss": torch.tensor(2.00001)}), ("c", good | {"loss": torch.tensor(2.0001)})):
+        torch.save(dump, tmp_path / name)
+    assert equal_work.check_losses(tmp_path / "a", tmp_path / "b", "rloo")["loss"] == pytest.approx(1e-5, rel=0.1)
+    with pytest.raises(SystemExit, match="rloo: the largest difference of loss is 9.99e-05, over 1e-05"):
+        equal_work.check_losses(tmp_path / "a", tmp_path / "c", "rloo")
+
+
+def test_moved_weights_are_the_same_whatever_their_order():
+    one, other = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+    for module, names in ((one, "ab"), (other, "ba")):
+        for name in names:
+            module[name] = torch.nn.Linear(2, 3, bias=False)
+            torch.nn.init.zeros_(module[name].weight)
+        measuring.move(module, 0.1, 1)
+    assert torch.equal(one["a"].weight, other["a"].weight) and one["a"].weight.std() > 0.02
+
+
 def test_check_responses_end_with_eos_once():
     rows = check_responses(20, 100, 1)
     assert [len(row) for row in rows[:2]] == [53, 53] and all(len(row) <= 53 for row in rows)
@@ -178,7 +197,7 @@ def test_quick_bench_of_ours(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "b" / "quick.json").read_text())
-    assert set(found["turns"]) == {"sft_ours", "reward_ours", "ppo_ours", "ppo_8x4_ours", "ppo_bf16_ours"}
+    assert set(found["turns"]) == {"sft_ours", "reward_ours", "ppo_ours", "ppo_8x4_ours", "ppo_bf16_ours", "dpo_ours", "rloo_ours"}
     assert all(t["units_per_second"] > 0 and t["growth_mib"] > 0 for run in found["turns"].values() for t in run)
     ppo = found["turns"]["ppo_ours"][0]
     assert {"collect", "sampling", "log-probs and values", "reward model"} <= set(ppo["phases"])

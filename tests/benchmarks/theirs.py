@@ -110,22 +110,25 @@ def dpo(run: Job, watch: Watch, tokenizer: Any) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     networks = {"model": load(run, "policy"), "ref_model": load(run, "policy")}
-    config = DPOConfig(**arguments(run), **steps_of(run))
+    config = DPOConfig(**arguments(run), **steps_of(run), beta=job.BETA["dpo"])
     return DPOTrainer(**networks, args=config, train_dataset=rows_of(run), processing_class=tokenizer, callbacks=[watch])
 
 
 def rloo(run: Job, watch: Watch, tokenizer: Any) -> Any:
-    """One optimiser step on one set of responses, `--responses` of them for each prompt (at least 2)."""
+    """One optimiser step on one set of responses, `--responses` of them for each prompt."""
     from trl import RLOOConfig, RLOOTrainer
 
+    watch.clock.watch(RLOOTrainer, "_generate", "sampling")
+    watch.clock.watch(RLOOTrainer, "_calculate_rewards", "reward model")
     with open(run.work / f"{run.data}.jsonl") as lines:
         prompts = datasets.Dataset.from_list([json.loads(line) for line in lines])
     config = RLOOConfig(
         **arguments(run),
         max_steps=run.warm_up + run.steps,
-        num_generations=max(run.responses, 2),
+        num_generations=run.responses,
         max_completion_length=job.NEW_TOKENS,
         temperature=job.TEMPERATURE,
+        beta=job.BETA["rloo"],
     )
     judge = {"reward_funcs": load(run, "reward"), "reward_processing_classes": tokenizer}
     return RLOOTrainer(load(run, "policy"), args=config, train_dataset=prompts, processing_class=tokenizer, callbacks=[watch], **judge)
@@ -174,6 +177,38 @@ def check(run: Job, tokenizer: Any) -> None:
     torch.save(dump | {"mask": mask, "scores": scores}, run.out)
 
 
+@torch.no_grad()
+def check_dpo(run: Job, tokenizer: Any) -> None:
+    """The losses of the first batch by DPOTrainer, its policy moved away from the reference."""
+    from trl import DPOConfig, DPOTrainer
+
+    dump = {}
+    for kind in ("sigmoid", "ipo"):
+        networks = {"model": measuring.move(load(run, "policy"), 5e-3, 1), "ref_model": load(run, "policy")}
+        config = DPOConfig(**arguments(run), **steps_of(run), loss_type=[kind], beta=job.BETA["dpo"])
+        trainer = DPOTrainer(**networks, args=config, train_dataset=rows_of(run), processing_class=tokenizer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        dump |= {kind: trainer.compute_loss(trainer.model, batch), "tokens": batch["completion_mask"].sum()}
+    torch.save(dump, run.out)
+
+
+@torch.no_grad()
+def check_rloo(run: Job, tokenizer: Any) -> None:
+    """Advantages of given responses and scores by RLOOTrainer, and its loss after the policy has moved on."""
+    k = run.responses
+    with open(run.work / f"{run.data}.jsonl") as lines:
+        prompts = [json.loads(line)["prompt"] for line in lines for _ in range(k)]
+    responses = job.check_responses(len(prompts), len(tokenizer), tokenizer.eos_token_id)
+    trainer = rloo(run, Watch(measuring.Clock()), tokenizer)
+    measuring.move(trainer.model, 1e-3, 1)
+    trainer._generate = lambda _: (tokenizer(prompts)["input_ids"], responses, tokenizer.batch_decode(responses))
+    trainer._calculate_rewards = lambda *_: torch.tensor(job.check_scores(responses))[:, None]
+    made = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+    measuring.move(trainer.model, 3e-4, 2)
+    loss = trainer.compute_loss(trainer.model, made)
+    torch.save({"loss": loss, "advantages": made["advantages"], "logprobs": made["old_logps"]}, run.out)
+
+
 def main() -> None:
     run = job.parse()
     warnings.filterwarnings("ignore")
@@ -181,8 +216,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     measuring.set_threads(run)
     tokenizer = AutoTokenizer.from_pretrained(run.work / "policy")
-    if run.stage == "check":
-        return check(run, tokenizer)
+    if run.stage.startswith("check"):
+        return {"check": check, "check_dpo": check_dpo, "check_rloo": check_rloo}[run.stage](run, tokenizer)
     clock = measuring.Clock()
     measuring.watch_gc(clock)
     watch = Watch(clock)

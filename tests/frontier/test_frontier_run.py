@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from lit_rlhf.frontier import runs
 from lit_rlhf.frontier.points import Points, read_points
@@ -100,6 +101,14 @@ def test_best_of_one_scores_as_the_policy_does(rest, tmp_path):
         values = [x for row in samples[name] for x in row]
         spread = (sum((x - sum(values) / len(values)) ** 2 for x in values) / len(values)) ** 0.5
         assert abs(sum(values) / len(values) - sum(getattr(first, name)) / 4) < 3 * spread / 2
+
+
+def test_best_of_n_is_sampled_in_the_precision_of_the_run(rest, tmp_path, monkeypatch):
+    seen, before = [], runs.candidates
+    monkeypatch.setattr(runs, "candidates", lambda *args: (seen.append(torch.is_autocast_enabled("cpu")), before(*args))[1])
+    for precision in ("32-true", "bf16-mixed"):
+        runs.best_of_n([*rest, f"--trainer.precision={precision}"], tmp_path / precision, gold, 2)
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The peak memory of log-probs and of the losses on them, forward and backward, is not tokens x vocabulary."""
 
+import gc
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -19,12 +20,20 @@ LENGTHS = (1024, 4096, 16384)
 
 
 def peak(there: Iterable[Tensor], run: Callable[[], Tensor]) -> int:
-    """The most bytes that are alive in run() and its backward pass, above those of the tensors that were there."""
-    with Tracker() as tracker:
-        tracker.watch(there)
-        before = tracker.live
-        with tracker.phase("both"):
-            run().sum().backward()
+    """The most bytes that are alive in run() and its backward pass, above those of the tensors that were there.
+
+    Without the garbage collector, whose moments depend on what other tests left.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with Tracker() as tracker:
+            tracker.watch(there)
+            before = tracker.live
+            with tracker.phase("both"):
+                run().sum().backward()
+    finally:
+        gc.enable()
     return tracker.peaks()["both"] - before
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_rlhf.functional import lm_loss, pairwise_loss, pairwise_token_loss, policy_loss, ranking_loss, value_loss
+from lit_rlhf.functional import dpo_loss, lm_loss, pairwise_loss, pairwise_token_loss, policy_loss, ranking_loss, rloo_loss, value_loss
 
 N, R = 12, 7
 SPLITS = [[12], [1, 11], [6, 6], [3, 4, 5], [1] * 12]
@@ -30,9 +30,13 @@ def ranking(x, i, count):
 CASES = {
     "lm": (TOKENS, lambda x, i, n: lm_loss(x, MASK[i], count=n)),
     "policy": (TOKENS, lambda x, i, n: policy_loss(x, OTHER[i], CONST[i], MASK[i], count=n)),
+    "rloo": (N, lambda x, i, n: rloo_loss(x, OTHER[i], CONST[i, 0], MASK[i], count=n)),
+    "rloo, token": (N, lambda x, i, n: rloo_loss(x, OTHER[i], CONST[i, 0], MASK[i], ratio="token", count=n)),
     "value": (TOKENS, lambda x, i, n: value_loss(x, OTHER[i], CONST[i], MASK[i], count=n)),
     "pairwise": (N, lambda x, i, n: pairwise_loss(x[:, 0], OTHER[i, 0], target=CONST[i, 0].sigmoid(), center_coef=0.1, count=n)),
     "ranking": (N, ranking),
+    "dpo": (N, lambda x, i, n: dpo_loss(x[:, 0], OTHER[i, 0], target=CONST[i, 0].sigmoid(), label_smoothing=0.1, count=n)),
+    "ipo": (N, lambda x, i, n: dpo_loss(x[:, 0], OTHER[i, 0], kind="ipo", margin=CONST[i, 0], count=n)),
     "token": (N, lambda x, i, n: pairwise_token_loss(x, OTHER[i], IDS[i], IDS.flip(0)[i], MASK[i], OTHER_MASK[i], count=n)),
 }
 

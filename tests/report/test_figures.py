@@ -55,6 +55,21 @@ def test_a_logarithmic_axis_spaces_by_factors():
     assert b - a == pytest.approx(c - b)
 
 
+def test_a_fit_has_the_colour_of_its_points_and_whiskers_at_one_x_stand_beside_each_other():
+    whiskers = {"low": [0.0, 0.5], "high": [1.0, 1.5], "kind": "points"}
+    fit = {"kind": "dashed", "like": "proxy"}
+    series = [
+        Series("proxy", [0, 1], [0.5, 1.0], **whiskers),
+        Series("fit", [0, 1], [0.5, 1.0], **fit),
+        Series("gold", [0, 1], [0.5, 1.0], **whiskers),
+    ]
+    marks = [mark for mark in draw(Plot("t", "x", "y", series)).marks if mark.kind == "path" and len(mark.at) == 2]
+    across = {style: [mark.at[0][0] for mark in marks if mark.style == style and mark.at[0][1] > 60] for style in ("whisker0", "whisker1")}
+    # left 24 and "0.5" at 3 x 6 = 42, right 366, of which 0.025 are free at either end: 324 / 1.05 x 0.025 = 7.71; 2 pixels to either side
+    assert across == {"whisker0": pytest.approx([47.71, 356.29], abs=0.01), "whisker1": pytest.approx([51.71, 360.29], abs=0.01)}
+    assert {mark.style for mark in marks if mark.style.startswith("dashed")} == {"dashed0"}
+
+
 def test_band_and_whiskers():
     band = next(mark for mark in draw(BAND).marks if mark.style == "band0")
     assert len(band.at) == 6 and band.at[0][0] == band.at[-1][0]  # along low, back along high
