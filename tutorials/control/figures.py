@@ -1,8 +1,8 @@
 """Runs the seeds of ../control.md and writes its figures.json, curves and tables.
 
-    python tutorials/control/figures.py --out runs/control [--only cartpole/labels ...]
+    python tutorials/control/figures.py --out runs/control [--only cartpole/labels ...] [--seed 0]
 
-Every run leaves a file below --out and is not run again; with --only, nothing is written but those.
+Every run leaves a file below --out and is not run again. With --only or --seed, those are run and nothing else is written.
 """
 
 import argparse
@@ -123,11 +123,13 @@ def replace(name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="run these alone and write nothing")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="run these alone")
+    parser.add_argument("--seed", type=int, help="run this one alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {name: [run(name, seed, args.out) for seed in range(SEEDS[name.split("/")[0]])] for name in args.only or RUNS}
-    if args.only:
+    seeds = {name: range(SEEDS[name.split("/")[0]]) if args.seed is None else [args.seed] for name in args.only or RUNS}
+    found = {name: [run(name, seed, args.out) for seed in some] for name, some in seeds.items()}
+    if args.only or args.seed is not None:
         return
     kept = {name: [{k: r[k] for k in ("final", "seconds", "labels", "accuracy") if k in r} for r in runs] for name, runs in found.items()}
     (HERE / "figures.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -147,7 +147,7 @@ class Plan:
     """
 
     make: Callable[[], gym.Env] = FixedCartPole
-    steps: int = 59_200
+    steps: int = 67_200
     first_steps: int = 3_200
     rounds: int = 10
     labels: int = 700
