@@ -1,6 +1,7 @@
 """Runs the seeds of ../control.md and writes its figures.json, curves and tables.
 
-    python tutorials/control/figures.py --out runs/control [--only cartpole/labels ...] [--seed 0]
+    python tutorials/control/figures.py --out runs/control [--seeds 5] [--worlds cartpole remarks pendulum]
+    python tutorials/control/figures.py --out runs/control --only cartpole/labels [--seed 0]
 
 Every run leaves a file below --out and is not run again. With --only or --seed, those are run and nothing else is written.
 """
@@ -24,7 +25,7 @@ from lit_rlhf.report.svg import standalone
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "control.md"
 REMARK_STEPS, BIN = 3_000, 250
-SEEDS = {"cartpole": 5, "pendulum": 3, "remarks": 5}
+PICTURES = {"cartpole": ["cartpole"], "remarks": ["remarks", "tired"], "pendulum": ["pendulum"]}
 
 
 def learned(run: Learned) -> dict[str, Any]:
@@ -77,39 +78,39 @@ def series(name: str, runs: list[dict[str, Any]], grid: list[float]) -> Series:
     return Series(name, grid, [fmean(p) for p in by_point], [min(p) for p in by_point], [max(p) for p in by_point])
 
 
-def pictures(found: dict[str, list[dict[str, Any]]]) -> dict[str, Plot]:
-    """The page's curves by file name."""
+def pictures(world: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Plot]:
+    """One world's curves by file name."""
 
-    def of(world: str, grid: list[float], keys: dict[str, str]) -> list[Series]:
+    def of(grid: list[float], keys: dict[str, str]) -> list[Series]:
         return [series(label, found[f"{world}/{key}"], grid) for key, label in keys.items()]
 
-    steps = [1600.0 * (i + 1) for i in range(CARTPOLE.steps // 1600)]
-    short = [200.0 * (i + 1) for i in range(PENDULUM.steps // 200)]
-    bins = [float(BIN * (i + 1)) for i in range(REMARK_STEPS // BIN)]
-    two = {"true": NAMES["true"], "labels": NAMES["labels"]}
-    trainers = {"TAMER": "TAMER", "COACH": "COACH", "TAMER, muddled": "TAMER, muddled", "COACH, muddled": "COACH, muddled"}
+    if world == "cartpole":
+        steps = [1600.0 * (i + 1) for i in range(CARTPOLE.steps // 1600)]
+        return {"cartpole": Plot("CartPole, fixed horizon: PPO", "steps", "true return, at most 200", of(steps, NAMES))}
+    if world == "pendulum":
+        steps, two = [200.0 * (i + 1) for i in range(PENDULUM.steps // 200)], {key: NAMES[key] for key in ("true", "labels")}
+        return {"pendulum": Plot("Pendulum: SAC", "steps", "true return, at most 0", of(steps, two))}
+    bins, label = [float(BIN * (i + 1)) for i in range(REMARK_STEPS // BIN)], "steps the pole stood"
+    plain = {key: key for key in ("TAMER", "COACH", "TAMER, muddled", "COACH, muddled")}
     tired = {"TAMER, tired": "TAMER", "COACH, tired": "COACH"}
     return {
-        "cartpole": Plot("CartPole, fixed horizon: PPO", "steps", "true return, at most 200", of("cartpole", steps, NAMES)),
-        "pendulum": Plot("Pendulum: SAC", "steps", "true return, at most 0", of("pendulum", short, two)),
-        "remarks": Plot("CartPole-v1: a trainer's remarks", "steps", "steps the pole stood", of("remarks", bins, trainers)),
-        "tired": Plot("The same, with a trainer who tires", "steps", "steps the pole stood", of("remarks", bins, tired)),
+        "remarks": Plot("CartPole-v1: a trainer's remarks", "steps", label, of(bins, plain)),
+        "tired": Plot("The same, with a trainer who tires", "steps", label, of(bins, tired)),
     }
 
 
-def table(found: dict[str, list[dict[str, Any]]], world: str) -> str:
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Each seed's final value, their mean and its standard error."""
-    names = [n for n in found if n.startswith(world)]
-    seeds = len(found[names[0]])
+    seeds = len(next(iter(found.values())))
     rows = [
         "| learned from | " + " | ".join(f"seed {s}" for s in range(seeds)) + " | mean | processor seconds |",
         "| --- |" + " ---: |" * (seeds + 2),
     ]
-    for name in names:
-        finals, key = [r["final"] for r in found[name]], name.split("/")[1]
+    for name, runs in found.items():
+        finals, key = [r["final"] for r in runs], name.split("/")[1]
         error = stdev(finals) / seeds**0.5 if seeds > 1 else 0.0
         cells = [NAMES.get(key, key), *(f"{x:.1f}" for x in finals), f"{fmean(finals):.1f} ± {error:.1f}"]
-        rows.append("| " + " | ".join([*cells, f"{fmean(r['seconds'] for r in found[name]):.0f}"]) + " |")
+        rows.append("| " + " | ".join([*cells, f"{fmean(r['seconds'] for r in runs):.0f}"]) + " |")
     return "\n".join(rows)
 
 
@@ -120,23 +121,34 @@ def replace(name: str, text: str) -> None:
     PAGE.write_text(page[: page.index(begin) + len(begin)] + "\n" + text + "\n" + page[page.index(end) :], encoding="utf-8")
 
 
+def publish(world: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes one world's figures, curves and table."""
+    file = HERE / "figures.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, runs in found.items():
+        kept[name] = [{k: r[k] for k in ("final", "seconds", "labels", "accuracy") if k in r} for r in runs]
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    for name, plot in pictures(world, found).items():
+        (HERE / f"{name}.svg").write_text(standalone(plot) + "\n", encoding="utf-8")
+    shown = " ".join(f"![{name}](control/{name}.svg)" for name in PICTURES[world])
+    replace(world, f"{shown}\n\n{table(found)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="run these alone")
-    parser.add_argument("--seed", type=int, help="run this one alone")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--worlds", nargs="*", choices=list(PICTURES), default=list(PICTURES))
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="run these, write no page")
+    parser.add_argument("--seed", type=int, help="run this one alone, write no page")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = {name: range(SEEDS[name.split("/")[0]]) if args.seed is None else [args.seed] for name in args.only or RUNS}
-    found = {name: [run(name, seed, args.out) for seed in some] for name, some in seeds.items()}
-    if args.only or args.seed is not None:
-        return
-    kept = {name: [{k: r[k] for k in ("final", "seconds", "labels", "accuracy") if k in r} for r in runs] for name, runs in found.items()}
-    (HERE / "figures.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    for name, plot in pictures(found).items():
-        (HERE / f"{name}.svg").write_text(standalone(plot) + "\n", encoding="utf-8")
-    for world in ("cartpole", "pendulum", "remarks"):
-        replace(world, table(found, world))
+    seeds = range(args.seeds) if args.seed is None else [args.seed]
+    for world in args.worlds:
+        names = [name for name in args.only or RUNS if name.startswith(world)]
+        found = {name: [run(name, seed, args.out) for seed in seeds] for name in names}
+        if not args.only and args.seed is None:
+            publish(world, found)
 
 
 if __name__ == "__main__":
