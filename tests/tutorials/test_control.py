@@ -121,7 +121,7 @@ def linear_world(p, pairs, shuffled, seed=0):
     pool = p.Clips(features, features[..., 0].sum(1))
     made, ensemble = p.Comparisons(), p.RewardEnsemble(4)
     made.ask(pool, torch.randint(300, (pairs, 2), generator=generator), generator, shuffled)
-    p.fit(ensemble, made, generator, epochs=25)
+    p.fit(ensemble, made, generator, epochs=40)
     with torch.no_grad():
         worth = ensemble(features[300:]).mean(0).sum(-1)
     true = pool.true[300:]

@@ -147,14 +147,14 @@ class Plan:
     """
 
     make: Callable[[], gym.Env] = FixedCartPole
-    steps: int = 83_200
+    steps: int = 67_200
     first_steps: int = 3_200
     rounds: int = 10
     labels: int = 700
     first_labels: int = 200
     copies: int = 8
     candidates: int = 10
-    epochs: int = 20
+    epochs: int = 30
 
 
 CARTPOLE = Plan()
