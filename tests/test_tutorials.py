@@ -36,6 +36,15 @@ assert one[-1]["rollout/kl"] > 0.01  # the policy has moved, so that equal numbe
 assert largest < 1e-4, largest
 assert max(abs(a[name] - b[name]) for a, b in zip(one, fsdp) for name in NAMES) < 1e-4
 """,
+    "04_policy_gradient": """
+# A mean of n samples is off by 1/sqrt(n): ten times less for a hundred times the samples.
+assert all(5 < errors[name][0] / errors[name][2] < 20 for name in errors), errors
+assert all(b < a / 3 for a, b in zip(errors["R"], errors["R - J"])), errors
+assert all(grouped_mean(runs[name][1] - before).low > 0 for name in runs), {name: runs[name][1].mean() for name in runs}
+assert runs["PPO"][1].mean() > runs["REINFORCE"][1].mean() + 0.3
+assert runs["baseline"][1].mean() > runs["REINFORCE"][1].mean()
+assert max(deviations["no clip"]) > max(deviations["PPO"]), deviations
+""",
 }
 
 
