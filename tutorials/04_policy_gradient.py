@@ -26,7 +26,7 @@ from lit_rlhf import SFT, ExportHF, Sampling, Schedule, SFTDataModule
 from lit_rlhf.batch import Batch
 from lit_rlhf.data.text import format_tldr
 from lit_rlhf.data.tokenise import Encoder
-from lit_rlhf.functional import gae, grouped_mean, k1, masked_mean, policy_loss, token_rewards, value_loss, whiten
+from lit_rlhf.functional import gae, grouped_mean, k1, leave_one_out, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from lit_rlhf.generation import sample
 from lit_rlhf.networks import CausalPolicy, ScalarModel
 from lit_rlhf.quickstart.model import train_tokenizer, write_untrained
@@ -150,7 +150,7 @@ draw(
 # noise, and use as many summaries.
 
 # %%
-ITERATIONS, POSTS, EACH = 30, 24, 4
+ITERATIONS, POSTS, EACH = 20, 24, 4
 SAMPLING = Sampling(max_new_tokens=40, temperature=1.0)
 held_out = [prompt_of(raw_row(rng)) for _ in range(200)]
 unseen = [prompt_of(raw_row(rng)) for _ in range(ITERATIONS * POSTS)]
@@ -198,12 +198,17 @@ round(float(before.mean()), 2)
 # %% [markdown]
 # ## Step 1: REINFORCE
 #
-# The estimate above, word for word (Williams 1992): every token of a summary is pushed up by the summary's reward.
+# The estimate above, word for word (Williams 1992): every token of a summary is pushed up by the summary's reward. And
+# a second time with 5 added to every reward, as if gold had been counted from 0 to 10 and not from -5 to 5. The best
+# summaries are still the best, and on average the gradient is the same; only the noise is not.
 
 
 # %%
-def reinforce(policy, step, batch, old, ref, scores):
-    step(-masked_mean(scores[:, None] * logprobs_of(policy, batch), batch.response_mask))
+def reinforce(plus):
+    def update(policy, step, batch, old, ref, scores):
+        step(-masked_mean((scores + plus)[:, None] * logprobs_of(policy, batch), batch.response_mask))
+
+    return update
 
 
 def show(*names):
@@ -219,31 +224,26 @@ def show(*names):
     return draw(*plots)
 
 
-runs["REINFORCE"] = learn(reinforce)
-show("REINFORCE")
+runs["REINFORCE"] = learn(reinforce(plus=0))
+runs["REINFORCE, gold + 5"] = learn(reinforce(plus=5))
+show("REINFORCE", "REINFORCE, gold + 5")
 
 # %% [markdown]
 # ## Step 2: a baseline
 #
-# Nearly every summary earns more than 0, so step 1 pushes nearly every summary up, good ones a little more; what is
-# left over after all that pushing is small. Subtract what *other* summaries of the same post earn: the mean of the
-# other three (a baseline must not depend on the summary itself, or the mean of the gradient changes). That is RLOO
-# (Ahmadian et al. 2024).
+# A reward above 0 pushes a summary up, whether it was good or poor; where all are above 0, all are pushed up, good ones
+# a little more, and what the policy learns is what is left over after all that pushing. Subtract what *other* summaries
+# of the same post earn: the mean of the other three (a baseline must not depend on the summary itself, or the mean of
+# the gradient changes). That is RLOO (Ahmadian et al. 2024), and adding 5 now changes nothing at all.
 
 
 # %%
-def leave_one_out(scores):
-    """Each score minus the mean of the other summaries of its post."""
-    by_post = scores.view(-1, EACH)
-    return ((by_post - by_post.mean(1, keepdim=True)) * EACH / (EACH - 1)).flatten()
-
-
 def with_baseline(policy, step, batch, old, ref, scores):
-    step(-masked_mean(leave_one_out(scores)[:, None] * logprobs_of(policy, batch), batch.response_mask))
+    step(-masked_mean(leave_one_out(scores, EACH)[:, None] * logprobs_of(policy, batch), batch.response_mask))
 
 
 runs["baseline"] = learn(with_baseline)
-show("REINFORCE", "baseline")
+show("REINFORCE", "REINFORCE, gold + 5", "baseline")
 
 # %% [markdown]
 # ## Step 3: which token was it? A critic, and the price of leaving SFT
@@ -312,7 +312,8 @@ def several_epochs(name, clip):
     def update(policy, step, batch, old, ref, scores):
         advantages, returns, values = advantages_of(critic, batch, old, ref, scores)
         for _ in range(EPOCHS):
-            for rows in torch.randperm(len(scores)).chunk(MINIBATCHES):
+            for posts in torch.randperm(POSTS).chunk(MINIBATCHES):
+                rows = (posts[:, None] * EACH + torch.arange(EACH)).flatten()  # a post's summaries together: it is read once for all
                 part, mask, width = batch.select(rows), batch.response_mask[rows], batch.response_ids[rows].shape[1]
                 new = torch.nn.functional.pad(logprobs_of(policy, part), (0, width - part.response_mask.shape[1]))
                 seen = torch.nn.functional.pad(critic.values(part), (0, width - part.response_mask.shape[1]))

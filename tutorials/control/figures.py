@@ -29,7 +29,7 @@ PICTURES = {"cartpole": ["cartpole"], "remarks": ["remarks", "tired"], "pendulum
 
 
 def learned(run: Learned) -> dict[str, Any]:
-    return {"curve": run.curve, "final": run.final, "labels": run.labels, "accuracy": run.accuracy}
+    return {"curve": run.curve, "final": run.final, "labels": run.labels}
 
 
 def remarked(method: str, seed: int, **setting: bool) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def publish(world: str, found: dict[str, list[dict[str, Any]]]) -> None:
     file = HERE / "figures.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, runs in found.items():
-        kept[name] = [{k: r[k] for k in ("final", "seconds", "labels", "accuracy") if k in r} for r in runs]
+        kept[name] = [{k: r[k] for k in ("final", "seconds", "labels") if k in r} for r in runs]
     file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for name, plot in pictures(world, found).items():
         (HERE / f"{name}.svg").write_text(standalone(plot) + "\n", encoding="utf-8")

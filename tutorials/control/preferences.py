@@ -117,22 +117,19 @@ def choose(pool: Clips, pairs: Tensor, ensemble: RewardEnsemble, count: int) -> 
     return pairs[spread.argsort(descending=True)[:count]]
 
 
-def fit(ensemble: RewardEnsemble, made: Comparisons, generator: torch.Generator, epochs: int) -> float:
-    """Trains each member on its own bootstrap sample of all labels; returns the last epoch's share of labels that they agree with."""
+def fit(ensemble: RewardEnsemble, made: Comparisons, generator: torch.Generator, epochs: int) -> None:
+    """Trains each member on its own bootstrap sample of all labels so far."""
     first, second, target = torch.cat(made.first), torch.cat(made.second), torch.cat(made.target)
-    right = []
     for network in ensemble.networks:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
         mine = torch.randint(len(target), (len(target),), generator=generator)
-        for epoch in range(epochs):
+        for _ in range(epochs):
             for rows in mine[torch.randperm(len(mine), generator=generator)].split(64):
                 worth = network(torch.cat([first[rows], second[rows]])).squeeze(-1).sum(1)
-                loss, stats = pairwise_loss(*worth.chunk(2), target=target[rows])
+                loss, _ = pairwise_loss(*worth.chunk(2), target=target[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                right += [float(stats["accuracy"])] if epoch == epochs - 1 else []
-    return sum(right) / len(right)
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,6 @@ class Learned:
     curve: list[tuple[int, float]]
     final: float
     labels: int
-    accuracy: list[float]
     model: Any = None
 
 
@@ -186,7 +182,7 @@ def from_true_reward(plan: Plan, seed: int) -> Learned:
     torch.manual_seed(seed)
     venv = Recorder(plan.make, plan.copies, seed)
     model = learner(venv, seed).learn(plan.steps)
-    return Learned(venv.returns(), true_return(model, plan.make, 50, seed + 10_000), 0, [], model)
+    return Learned(venv.returns(), true_return(model, plan.make, 50, seed + 10_000), 0, model)
 
 
 def from_preferences(plan: Plan, seed: int, shuffled: bool = False) -> Learned:
@@ -196,19 +192,19 @@ def from_preferences(plan: Plan, seed: int, shuffled: bool = False) -> Learned:
     venv = Recorder(plan.make, plan.copies, seed)
     ensemble = RewardEnsemble(encode(venv.observation_space.sample(), venv.action_space.sample(), venv).shape[-1])
     venv.pay = lambda seen, done: ensemble.reward(encode(seen, done, venv))
-    model, made, accuracy, seen = learner(venv, seed), Comparisons(), [], 0
+    model, made, seen = learner(venv, seed), Comparisons(), 0
     walk_at_random(venv, plan.first_steps // plan.copies, seed)
     for i in range(plan.rounds):
         pool, seen = clips(venv, seen), len(venv.true)
         wanted = plan.first_labels + (plan.labels - plan.first_labels) * i // (plan.rounds - 1) - len(made)
         pairs = random_pairs(len(pool.true), wanted * (plan.candidates if i else 1), generator)
         made.ask(pool, choose(pool, pairs, ensemble, wanted), generator, shuffled)
-        accuracy.append(fit(ensemble, made, generator, plan.epochs))
+        fit(ensemble, made, generator, plan.epochs)
         ensemble.normalise(pool.features.flatten(0, 1))
         if isinstance(model, SAC):
             pay_again(model, ensemble, venv)
         model.learn((plan.steps - plan.first_steps) // plan.rounds, reset_num_timesteps=False)
-    return Learned(venv.returns(), true_return(model, plan.make, 50, seed + 10_000), len(made), accuracy, model)
+    return Learned(venv.returns(), true_return(model, plan.make, 50, seed + 10_000), len(made), model)
 
 
 def walk_at_random(venv: Recorder, steps: int, seed: int) -> None:
