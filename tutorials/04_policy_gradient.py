@@ -92,7 +92,7 @@ START = str(RUNS / "sft")
 # and an expectation can be sampled. The reward may be anything: it is never differentiated.
 #
 # For one token the sum *can* be written out. Take a post and a person's summary, and let the policy choose its first
-# token alone: some 800 choices, each worth the gold reward of what results. The exact gradient (with respect to the
+# token alone: some 700 choices, each worth the gold reward of what results. The exact gradient (with respect to the
 # logits) is then there to compare with. The estimate is the gradient of `mean(R * log p)` over n samples.
 #
 # And nothing changes if we subtract a constant $b$ from the reward, since $\sum_a \nabla p(a) = \nabla 1 = 0$. Nothing
