@@ -295,9 +295,10 @@ def check_context(policy: CausalPolicy, prompts: Batch, sampling: Sampling) -> N
     """Raises ValueError where the longest prompt and its response would not fit in the model's context."""
     longest, limit = int(prompts.prompt_mask.sum(1).max()), policy.context_length
     if limit is not None and longest + sampling.max_new_tokens > limit:
+        left = limit - sampling.max_new_tokens
+        remedy = f"set max_prompt_tokens to at most {left}" if left > 0 else f"a response has at most {max(limit - longest, 0)} tokens here"
         raise ValueError(
-            f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} exceed the model's context of {limit}; "
-            f"set max_prompt_tokens to at most {limit - sampling.max_new_tokens}"
+            f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} exceed the model's context of {limit}; {remedy}"
         )
 
 
