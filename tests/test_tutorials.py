@@ -42,7 +42,7 @@ assert all(5 < errors[name][0] / errors[name][2] < 20 for name in errors), error
 assert all(b < a / 3 for a, b in zip(errors["R"], errors["R - J"])), errors
 final = {name: float(scores.mean()) for name, (_, scores) in runs.items()}
 assert all(grouped_mean(runs[name][1] - before).low > 0 for name in ("REINFORCE", "baseline", "critic", "PPO")), final
-assert final["REINFORCE, gold + 5"] < final["baseline"] - 0.2 and final["PPO"] > final["baseline"] + 0.2, final
+assert final["REINFORCE, gold + 5"] < final["baseline"] - 0.1 and final["PPO"] > final["baseline"] + 0.2, final
 furthest = {name: max(point["kl"] for point in curve) for name, (curve, _) in runs.items()}
 assert furthest["no clip"] > 3 * furthest["PPO"], furthest
 """,

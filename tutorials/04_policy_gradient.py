@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 4. Policy gradient from scratch
 #
-# PPO looks like a pile of tricks. It is four steps from one line of calculus, and each step mends a fault of the one
-# before that you can see in a curve. We take them one by one on the made-up forum of `lit-rlhf quickstart`, where the
-# gold reward of a summary is known exactly: +1 for each of the post's five facts that it states, minus for false ones
+# PPO looks like a pile of tricks. It is four steps from one line of calculus, and each step answers a fault of the one
+# before. What a step buys is in its curve, also where it buys nothing. We take them one by one on the made-up forum of
+# `lit-rlhf quickstart`, where the gold reward of a summary is known exactly: +1 for each of the post's five facts that it states, minus for false ones
 # and for filler. No reward model stands between, so whatever goes wrong is the policy gradient's own doing.
 #
 # Every step is a few lines on `lit_rlhf.functional`. The whole takes about three minutes on one CPU core.
@@ -252,6 +252,8 @@ show("REINFORCE", "REINFORCE, gold + 5", "baseline")
 # expectation changes from one token to the next, $\delta_t = r_t + V_{t+1} - V_t$, says what that token was worth; `gae`
 # sums the changes that follow with weight $\lambda^k$. At the same time every token pays for leaving the reference:
 # `token_rewards` is $-\beta \, (\log p - \log p_{ref})$, plus the score on the last token.
+#
+# With one step for each batch, and summaries of some fifteen tokens, this is worth no more than the baseline was.
 
 # %%
 KL_COEF = 0.02
@@ -333,7 +335,10 @@ show("critic", "no clip", "PPO")
 # %% [markdown]
 # ## All of it
 #
-# The same posts, the same number of summaries. What each step bought:
+# The same posts, the same number of summaries; ± is one standard error over the held-out posts, of one seed. REINFORCE
+# learns, and suffers from a constant that means nothing; the baseline is proof against it. The critic by itself adds
+# nothing to the baseline here. Several steps for each batch learn several times as fast, and without the clip they run
+# away: see the KL.
 
 # %%
 cells = "".join(
