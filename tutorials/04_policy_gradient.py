@@ -3,8 +3,9 @@
 #
 # PPO looks like a pile of tricks. It is four steps from one line of calculus, and each step answers a fault of the one
 # before. What a step buys is in its curve, also where it buys nothing. We take them one by one on the made-up forum of
-# `lit-rlhf quickstart`, where the gold reward of a summary is known exactly: +1 for each of the post's five facts that it states, minus for false ones
-# and for filler. No reward model stands between, so whatever goes wrong is the policy gradient's own doing.
+# `lit-rlhf quickstart`, where the gold reward of a summary is known exactly: +1 for each of the post's five facts that
+# it states, minus for false ones and for filler. No reward model stands between, so whatever goes wrong is the policy
+# gradient's own doing.
 #
 # Every step is a few lines on `lit_rlhf.functional`. The whole takes about three minutes on one CPU core.
 
