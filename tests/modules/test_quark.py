@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf import PromptDataModule, Quark, Sampling, Schedule
 from lit_rlhf.batch import Batch
 from lit_rlhf.callbacks import ExportHF
-from lit_rlhf.quantile_tokens import add_quantile_tokens, conditioned, one_each
+from lit_rlhf.networks import CausalPolicy
+from lit_rlhf.quantile_tokens import add_quantile_tokens, conditioned, one_each, with_tokens
 
 
 def vowels(prompts, responses):
@@ -74,6 +75,25 @@ def test_the_tokenizer_gets_the_tokens_once(sft_dir):
     for k in (2, 4):
         with pytest.raises(ValueError, match="has 3 quantile tokens; give num_quantiles: 3"):
             add_quantile_tokens(tokenizer, k)
+
+
+def test_tied_tables_grow_together_and_are_loaded_again(tokenizer, tmp_path):
+    """One table for input and output, as in most small models; its new rows are drawn like the old ones."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lm = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    own = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    ids = add_quantile_tokens(own, 3)
+    policy = with_tokens(CausalPolicy.load(str(tmp_path / "lm")), own, ids)
+    table = policy.lm.get_input_embeddings().weight
+    assert table is policy.lm.get_output_embeddings().weight and len(table) == len(tokenizer) + 3
+    torch.testing.assert_close(table[:-3], lm.model.embed_tokens.weight, atol=0, rtol=0)
+    assert 0.5 < float(table[-3:].std() / table[:-3].std()) < 2 and policy.banned[ids].all()
+    policy.save(tmp_path / "hf")
+    batch = conditioned(Batch.of([[7, 8, 9]], [[5, 6, 1]]), torch.tensor(ids[2:]), None)
+    with torch.no_grad():
+        torch.testing.assert_close(CausalPolicy.load(str(tmp_path / "hf"))(batch)[0], policy(batch)[0], atol=1e-6, rtol=0)
 
 
 def test_the_first_loss_by_plain_transformers(fit, sft_dir):
