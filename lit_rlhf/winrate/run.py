@@ -91,18 +91,31 @@ def report(names: Sequence[str], pairs: Sequence[Pair], found: dict[str, tuple[W
     page = Report(f"Win rate: {names[0]} against {names[1]}", lead=f"{len(pairs):,} pairs; ties count a half.")
     page.data = {"judges": {judge: asdict(rate) for judge, (rate, _) in found.items()}}
     head = ["judge", "win rate", "at like length", "at equal length", "won", "tied", "lost", "unparsable", "named first", "length ratio"]
-    rows = [[j, r.all, r.like_length, r.equal_length, r.wins, r.ties, r.losses, r.unparsable, r.picked_first, r.length_ratio]
+    short = short_names(list(found))
+    rows = [[short[j], r.all, r.like_length, r.equal_length, r.wins, r.ties, r.losses, r.unparsable, r.picked_first, r.length_ratio]
             for j, (r, _) in found.items()]  # fmt: skip
-    bars = [(f"{j}{what}", e) for j, (r, _) in found.items() for what, e in (("", r.all), (", equal length", r.equal_length)) if e]
+    whole = ", ".join(f"{name}: {judge}" for judge, name in short.items() if name != judge)
+    bars = [(f"{short[j]}{what}", e) for j, (r, _) in found.items() for what, e in (("", r.all), (", equal length", r.equal_length)) if e]
     numbers = [e for _, e in bars]
     low, high = [e.low for e in numbers], [e.high for e in numbers]
     chart = Bars("Win rate", f"share won by {names[0]}", [n for n, _ in bars], [e.mean for e in numbers], low, high, levels={"even": 0.5})
-    page.add("Win rates", Table("", head, rows), chart)
+    page.add("Win rates", Table("", head, rows, note=whole), chart)
     for judge, (_, verdicts) in found.items():
         page.add(
             f"Pairs, by {judge}", Samples(_samples(names, pairs, verdicts), number="the reward's difference or the judge's preference")
         )
     return page
+
+
+def short_names(judges: Sequence[str]) -> dict[str, str]:
+    """Each judge by the last part of its path that says something ("hf" does not), or whole where that does not tell them apart."""
+    short = {}
+    for judge in judges:
+        parts = [part for part in judge.split("/") if part] or [judge]
+        last = parts[-2] if parts[-1] == "hf" and len(parts) > 1 else parts[-1]
+        short[judge] = last if len(parts) > 1 else last.rpartition(".")[2] or last
+    named = list(short.values())
+    return {judge: name if named.count(name) == 1 else judge for judge, name in short.items()}
 
 
 def _samples(names: Sequence[str], pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> list[Sample]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lit_rlhf.__main__ import main
+from lit_rlhf.winrate.run import short_names
 
 
 @pytest.fixture
@@ -54,3 +55,9 @@ def test_refuses_in_one_line(files, capsys, args, said):
     assert main(["winrate", *args]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and err.startswith("lit-rlhf: error: winrate: ")
+
+
+def test_judges_have_short_names_that_tell_them_apart():
+    judges = ["runs/study/reward/hf", "runs/study/judge/hf", "/opt/smollm2/", "tutorials.study.rewards.rouge", "hf"]
+    assert list(short_names(judges).values()) == ["reward", "judge", "smollm2", "rouge", "hf"]
+    assert list(short_names(["a/reward/hf", "b/reward/hf"]).values()) == ["a/reward/hf", "b/reward/hf"]
