@@ -38,10 +38,19 @@ from lit_rlhf.strategies import refuse_strategy
 
 PACKAGE = Path(__file__).parent
 SIGTERM_EXIT = 143  # 128 + 15: a scheduler must not take a stopped run for a finished one, as Lightning's exit code 0 says
+APART = {  # the commands that are no run of the Trainer: name, module with their `main`, what they do
+    "quickstart": ("lit_rlhf.quickstart.run", "runs all stages on a small made-up world"),
+    "plan": ("lit_rlhf.planning.run", "says before a run what memory and hours it takes"),
+    "doctor": ("lit_rlhf.doctor.run", "finds which stage is broken"),
+    "inspect": ("lit_rlhf.inspector.run", "shows one response token by token"),
+    "learning-curve": ("lit_rlhf.learning_curve", "says whether more labels would help a reward model"),
+    "frontier": ("lit_rlhf.frontier.run", "measures what PPO bought for its KL"),
+    "winrate": ("lit_rlhf.winrate.run", "compares two files of responses"),
+    "consolidate": ("lit_rlhf.consolidate", "makes one file of a sharded checkpoint"),
+}
 DESCRIPTION = (
-    "Learning from human feedback. `lit-rlhf quickstart` runs all stages on a small made-up world, `lit-rlhf plan` says "
-    "before a run what memory and hours it takes; the other commands take YAML files "
-    "(--config, repeated for overlays) and any key of them as an option. --debug (or LIT_RLHF_DEBUG=1) shows tracebacks."
+    f"Learning from human feedback. {'; '.join(f'`lit-rlhf {name}` {what}' for name, (_, what) in APART.items())}. The commands below take "
+    "YAML files (--config, repeated for overlays) and any key of them as an option. --debug (or LIT_RLHF_DEBUG=1) shows tracebacks."
 )
 
 

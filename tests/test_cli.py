@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lit_rlhf import cli
+from lit_rlhf.__main__ import main as apart
 from lit_rlhf.cli import CLI, build, config_dir, main, raised_here
 from lit_rlhf.cli_errors import one_line
 from lit_rlhf.functional import last_index
@@ -325,3 +327,18 @@ def test_config_dir_of_an_installed_package(tmp_path, monkeypatch):
     (tmp_path / "lit_rlhf/_configs").mkdir(parents=True)
     monkeypatch.setattr(cli, "PACKAGE", tmp_path / "lit_rlhf")
     assert config_dir() == tmp_path / "lit_rlhf/_configs"
+
+
+def test_help_names_every_command(capsys):
+    """Every parser of the package that calls itself `lit-rlhf something` stands in --help, and `lit-rlhf something --help` reaches it."""
+    package = cli.PACKAGE
+    names = {name for path in package.rglob("*.py") for name in re.findall(r'prog="lit-rlhf ([a-z-]+)"', path.read_text(encoding="utf-8"))}
+    assert {"quickstart", "doctor", "inspect", "learning-curve"} <= names == set(cli.APART)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, (module, what) in cli.APART.items():
+        assert f"`lit-rlhf {name}` {what}" in said
+        with pytest.raises(SystemExit):
+            apart([name, "--help"])
+        assert f"lit-rlhf {name}" in capsys.readouterr().out, module

@@ -26,7 +26,7 @@ DEFAULT_OUT = "runs/quickstart"  # the folder that the shipped YAML files name
 SIZES = {
     "sft_train": 14400,
     "sft_valid": 128,
-    "comparisons_train": 7200,
+    "comparisons_train": 6400,
     "comparisons_valid": 256,
     "prompts_train": 2048,
     "prompts_valid": 128,

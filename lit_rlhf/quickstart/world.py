@@ -24,7 +24,8 @@ FACT, FALSEHOOD, FILLER, STRANGE_WORD, EXTRA_WORD, NO_END = 1.0, -1.0, -1.0, -0.
 ENOUGH = 20  # words; the longest plain summary of all five facts has 15
 LOWEST = -5.0
 CARE = 2.5  # of a labeller: the log-odds of the right choice, per point of gold
-RANKED = 4  # summaries that a labeller compares at a time
+RANKED = 4  # people's summaries that a labeller compares at a time
+STRAY, JUMBLED = 0.3, 0.1  # shares of the rankings with a fifth one, which is of another post, or whose words are in disorder
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,24 @@ def raw_row(rng: random.Random) -> dict[str, str]:
 
 
 def ranking(rng: random.Random) -> dict[str, Any]:
-    """A prompt with `RANKED` people's different summaries and a labeller's impression of each, whose order is their ranking."""
+    """A prompt with `RANKED` people's different summaries, often a spoilt one, and a labeller's impression of each; their order ranks them.
+
+    Without summaries of other posts a reward model need not read the post, and without disorder not the order of words: what it never saw
+    ranked it may like, and PPO finds it.
+    """
     post = write_post(rng)
     prompt, summaries = prompt_of(post), list[str]()
     while len(summaries) < RANKED:
         summary = write_summary(post, rng)
         if summary not in summaries:
             summaries.append(summary)
-    return {"prompt": prompt, "responses": summaries, "scores": impressions(gold([prompt] * RANKED, summaries), rng)}
+    chance = rng.random()
+    if chance < STRAY:
+        summaries.append(write_summary(write_post(rng), rng))
+    elif chance < STRAY + JUMBLED:
+        spoken = write_summary(post, rng).split()
+        summaries.append(" ".join(rng.sample(spoken, len(spoken))))
+    return {"prompt": prompt, "responses": summaries, "scores": impressions(gold([prompt] * len(summaries), summaries), rng)}
 
 
 def exact_pair(rng: random.Random) -> tuple[str, str, str]:

@@ -63,7 +63,6 @@ def replace(name: str, text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the quickstart's reward model need not read the post: `order` finds it (tutorials/doctor.md)", strict=False)
 def test_the_quickstart_passes_in_two_minutes(bench, capsys, written, tmp_path):
     paths = ["--sft", bench.sft, "--reward", bench.reward, "--base", bench.base, "--policy", str(bench.quick / "ppo/hf/policy")]
     begin = time.perf_counter()

@@ -103,13 +103,26 @@ def test_exact_pairs_are_in_the_gold_order():
 def test_rankings_are_noisy():
     rng, wrong, pairs = random.Random(4), 0, 0
     for row in (ranking(rng) for _ in range(150)):
-        assert len(set(row["responses"])) == len(row["scores"]) == 4
-        worth = gold([row["prompt"]] * 4, row["responses"])
+        assert len(set(row["responses"][:4])) == 4 and len(row["scores"]) == len(row["responses"]) <= 5
+        worth = gold([row["prompt"]] * 4, row["responses"][:4])
         for i, j in itertools.combinations(range(4), 2):
             if worth[i] != worth[j]:
                 pairs += 1
                 wrong += (worth[i] > worth[j]) != (row["scores"][i] > row["scores"][j])
     assert 0.03 < wrong / pairs < 0.12
+
+
+def test_the_fifth_summary_is_of_another_post_or_in_disorder():
+    """One of another post states facts that are not the post's, in sentences; of people's own summaries hardly one states two of them."""
+    rng, strays, jumbled, rows = random.Random(5), 0, 0, 1000
+    for row in (ranking(rng) for _ in range(rows)):
+        facts, fifth = read_post(row["prompt"]), "".join(row["responses"][4:])
+        stated = {kind: value for kind, values in words.VALUES.items() for value in values if f" {value} " in f" {fifth.strip('.?')} "}
+        wrong = sum(facts[kind] != value for kind, value in stated.items())
+        ends = fifth.endswith((".", "?"))
+        strays, jumbled = strays + (ends and wrong >= 2), jumbled + (bool(fifth) and not ends)
+    assert 0.22 < strays / rows < 0.32  # 0.3, less those that state fewer than two facts
+    assert 0.06 < jumbled / rows < 0.12  # 0.1, less those that end in their full stop by chance
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path):
