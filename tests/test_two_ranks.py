@@ -33,7 +33,7 @@ def test_losses_metrics_and_weights(runs, strategy, stage):
     assert difference < 1e-5
     for rank in ranks:
         for a, b in zip(rank["steps"], one["steps"], strict=True):
-            assert a == pytest.approx(b, abs=1e-5)
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)  # the norm of RLOO's gradients is 30
         assert rank["validation"] == pytest.approx(one["validation"], abs=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_speed_is_counted_alike(runs, strategy, stage):
 
     assert all(rank["work"] == one["work"] for rank in ranks)
     assert all(rank["last"].keys() == one["last"].keys() for rank in ranks)
-    assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 100
+    assert sum(map(tokens, ranks)) == pytest.approx(tokens(one)) and tokens(one) > 50
 
 
 @pytest.mark.parametrize("stage", STAGES)

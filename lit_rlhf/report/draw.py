@@ -92,9 +92,9 @@ def _finite(series: Series) -> Series:
     def pick(values: Sequence[float] | None) -> list[float] | None:
         return None if values is None else [v if math.isfinite(v := values[i]) else series.y[i] for i in kept]
 
-    hints = None if series.hints is None else [series.hints[i] for i in kept]
+    hints, labels = (None if words is None else [words[i] for i in kept] for words in (series.hints, series.labels))
     x, y = [series.x[i] for i in kept], [series.y[i] for i in kept]
-    return replace(series, x=x, y=y, low=pick(series.low), high=pick(series.high), hints=hints)
+    return replace(series, x=x, y=y, low=pick(series.low), high=pick(series.high), hints=hints, labels=labels)
 
 
 def _draw_plot(plot: Plot) -> Drawing:
@@ -176,10 +176,19 @@ def _series(series: Series, colour: int, at: At) -> list[Mark]:
     radius = 2.8 if len(points) <= 100 else 1.7
     dots = [Mark("dot", f"dot{colour}", (point,), hint, radius=radius) for point, hint in zip(points, hints, strict=True)]
     if series.kind == "points":
-        return [Mark("path", f"whisker{colour}", (a, b)) for a, b in zip(low, high, strict=True)] + dots
+        return [Mark("path", f"whisker{colour}", (a, b)) for a, b in zip(low, high, strict=True)] + dots + _labels(series, points)
     marks = [Mark("area", f"band{colour}", (*low, *reversed(high)))] if len(low) > 1 else []
     marks += [Mark("path", f"{series.kind}{colour}", tuple(points))] if len(points) > 1 else []
     return marks + (dots if len(points) <= 12 else [])
+
+
+def _labels(series: Series, points: Sequence[Point]) -> list[Mark]:
+    """Each point's words at its right, or at its left where the canvas ends before."""
+    marks = []
+    for (x, y), text in zip(points, series.labels or (), strict=False):
+        fits = x + 6 + _width(text) <= WIDTH
+        marks += [Mark("text", "tick halo", ((x + 6 if fits else x - 6, y + 3.5),), text, "start" if fits else "end")] if text else []
+    return marks
 
 
 def _legend(names: Sequence[str], kinds: Sequence[str], colours: Sequence[int]) -> tuple[list[Mark], float]:

@@ -17,6 +17,7 @@ class Series:
         kind: "line", "dashed", "points", or "columns", whose x holds the len(y) + 1 edges of the columns.
         hints: what a pointer over each point is told; default its numbers.
         like: the name of an earlier series whose colour it takes, e.g. of the points that a curve was fitted to.
+        labels: written beside each of `points`; "" writes nothing.
     """
 
     name: str
@@ -27,12 +28,13 @@ class Series:
     kind: Literal["line", "dashed", "points", "columns"] = "line"
     hints: Sequence[str] | None = None
     like: str | None = None
+    labels: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         wanted = len(self.y) + (self.kind == "columns")
         if len(self.x) != wanted:
             raise ValueError(f"series {self.name!r}: {len(self.x)} x for {len(self.y)} y of kind {self.kind!r}; give {wanted}")
-        for what, values in (("low", self.low), ("high", self.high), ("hints", self.hints)):
+        for what, values in (("low", self.low), ("high", self.high), ("hints", self.hints), ("labels", self.labels)):
             if values is not None and len(values) != len(self.y):
                 raise ValueError(f"series {self.name!r}: {len(values)} {what} for {len(self.y)} y; give as many")
         if (self.low is None) != (self.high is None):

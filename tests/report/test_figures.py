@@ -139,3 +139,19 @@ def test_a_figure_by_itself_is_a_whole_svg_file():
     assert "prefers-color-scheme: dark" in text and text.count("<style>") == 1
     used = set(re.findall(r'class="([^"]+)"', text))
     assert all(f".{name.split()[0]}" in text for name in used)
+
+
+def test_labels_stand_beside_their_points_and_within_the_canvas():
+    """Right of the point by 6; at the right edge, where 10 letters of 6 would pass 380, to the left of it.
+
+    A point that is not finite takes its label along.
+    """
+    series = Series("a", [0, math.nan, 1, 2], [0.0, 5.0, 1.0, 2.0], kind="points", labels=["near", "lost", "", "ten signs."])
+    marks = draw(Plot("t", "x", "y", [series])).marks
+    dots = [mark.at[0] for mark in marks if mark.kind == "dot"]
+    found = {mark.text: (mark.at[0], mark.anchor) for mark in marks if mark.style == "tick halo"}
+    assert set(found) == {"near", "ten signs."}
+    assert found["near"] == ((dots[0][0] + 6, dots[0][1] + 3.5), "start")
+    assert found["ten signs."] == ((dots[2][0] - 6, dots[2][1] + 3.5), "end")
+    with pytest.raises(ValueError, match="1 labels for 2 y"):
+        Series("a", [0, 1], [0.0, 1.0], kind="points", labels=["one"])

@@ -96,6 +96,7 @@ def test_json_holds_every_figure_and_table(tmp_path):
         "kind": "dashed",
         "hints": None,
         "like": None,
+        "labels": None,
     }
     assert table[2]["rows"][1] == ["KL", "fail", {"mean": 0.5, "error": 0.05, "low": 0.4, "high": 0.6}, None]
     assert samples[0]["samples"][0]["answers"][1] == {"name": "SFT", "text": " fine.", "number": None}
