@@ -38,11 +38,15 @@ install: $(STAMP)
 quickstart: $(STAMP)
 	$(RUN) $(BIN)/python -m lit_rlhf quickstart $(ARGS)
 
+# Two workers with a thread each: the tests' models are too small for two threads to help. A file stays with one worker, for its fixtures.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(RUN) $(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -m slow $(ARGS)
+	$(RUN) $(PYTEST) -m slow $(ARGS)
 
 # TRL's two versions go into environments of their own in .bench/, made once.
 DATA ?= ../shared/data

@@ -111,6 +111,10 @@ class Batch:
         kept = self.select_prompts(prompts)
         return replace(kept, response_ids=response_ids, response_mask=response_mask, prompt_of=prompt_of)
 
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data alone, so that a checkpoint loads with `weights_only=True`; `Batch(**state)` is the inverse."""
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
     def with_responses(self, ids: Tensor, mask: Tensor, prompt_of: Tensor) -> "Batch":
         """The same prompts with these responses."""
         return replace(self, response_ids=ids, response_mask=mask, prompt_of=prompt_of, pairs=None, margin=None, target=None, count=None)
@@ -172,8 +176,7 @@ class Experience:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data alone, so that a checkpoint loads with `weights_only=True`."""
-        batch = {f.name: getattr(self.batch, f.name) for f in fields(Batch)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "batch"} | {"batch": batch}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "batch"} | {"batch": self.batch.state()}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Experience":

@@ -46,6 +46,8 @@ APART = {  # the commands that are no run of the Trainer: name, module with thei
     "learning-curve": ("lit_rlhf.learning_curve", "says whether more labels would help a reward model"),
     "frontier": ("lit_rlhf.frontier.run", "measures what PPO bought for its KL"),
     "winrate": ("lit_rlhf.winrate.run", "compares two files of responses"),
+    "iterate": ("lit_rlhf.iterate.run", "samples, labels, refits the reward model and runs PPO, round after round"),
+    "ai-feedback": ("lit_rlhf.ai_feedback.run", "has a language model label pairs or revise responses"),
     "consolidate": ("lit_rlhf.consolidate", "makes one file of a sharded checkpoint"),
 }
 DESCRIPTION = (

@@ -107,7 +107,10 @@ def explained(path: str, what: str, revision: str | None = None) -> Iterator[Non
             remedy = "the file is damaged or cut off, or newer than the installed transformers; copy or export the directory again"
         else:
             at = "" if revision is None else f" at revision {revision}"
-            remedy = f"check that the hub has {path}{at}, that it may be read, and the network (HF_HUB_OFFLINE forbids it)"
+            remedy = (
+                f"no directory of that name is here (run the stage that writes it first); on the hub: check that the hub has {path}{at}"
+            )
+            remedy += ", that it may be read, and the network (HF_HUB_OFFLINE forbids it)"
         raise ValueError(f"{path}: {what} cannot be read ({type(error).__name__}: {first[:300]}); {remedy}") from error
 
 

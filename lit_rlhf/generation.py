@@ -7,6 +7,7 @@ The prompt is prefilled once for all of its responses, and responses that have e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -119,7 +120,8 @@ class Draft:
         self.policy, self.prompts, self.sampling, self.num_responses, self.static = policy, prompts, sampling, num_responses, static
         device, total, width = prompts.prompt_ids.device, len(numbers), sampling.max_new_tokens
         lengths = prompts.prompt_mask.sum(1).tolist()
-        self.decoder = Decoder(policy, prompts, lengths, num_responses, width - 1, shared=can_share_rows(policy), static=static)
+        decoder = getattr(policy, "decoder", partial(Decoder, policy))  # a policy under a mask has one of its own (masked_policy.py)
+        self.decoder = decoder(prompts, lengths, num_responses, width - 1, shared=can_share_rows(policy), static=static)
         self.ids = torch.zeros(total + 1, width, dtype=torch.long, device=device)  # the last row is that of places without a response
         self.logprobs, self.entropy = torch.zeros(2, total + 1, width, device=device)
         self.lengths = torch.full((total,), width, device=device)
@@ -295,9 +297,10 @@ def check_context(policy: CausalPolicy, prompts: Batch, sampling: Sampling) -> N
     """Raises ValueError where the longest prompt and its response would not fit in the model's context."""
     longest, limit = int(prompts.prompt_mask.sum(1).max()), policy.context_length
     if limit is not None and longest + sampling.max_new_tokens > limit:
+        left = limit - sampling.max_new_tokens
+        remedy = f"set max_prompt_tokens to at most {left}" if left > 0 else f"a response has at most {max(limit - longest, 0)} tokens here"
         raise ValueError(
-            f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} exceed the model's context of {limit}; "
-            f"set max_prompt_tokens to at most {limit - sampling.max_new_tokens}"
+            f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} exceed the model's context of {limit}; {remedy}"
         )
 
 

@@ -6,6 +6,7 @@ whitening, KL and minibatches are global without another word. (The experience i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from lit_rlhf.networks import CausalPolicy, ScalarModel, in_parts
 from lit_rlhf.perf import Clock
 from lit_rlhf.sharding import most
 
+T = TypeVar("T")
 CACHED_FORWARDS = 8
 """Sampling holds the keys and values of as many tokens as this many forward passes may hold."""
 
@@ -168,8 +170,8 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(join(joined.pop("batch")), texts, **{name: pad_cat(parts) for name, parts in joined.items()})
 
 
-def agree(make: Callable[[], Rollout]) -> Rollout:
-    """This rank's rollout, made by `make`; what one rank raises, all raise: the others would wait for it until a time-out."""
+def agree(make: Callable[[], T]) -> T:
+    """What this rank makes; what one rank raises, all raise: the others would wait for it until a time-out."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return make()
     failure, cause = None, None
@@ -184,14 +186,20 @@ def agree(make: Callable[[], Rollout]) -> Rollout:
     return made
 
 
-def gather(make: Callable[[], Rollout]) -> Rollout:
-    """Every rank's rollout, made by `make` and joined in the order of ranks, on every rank; errors as in `agree`."""
+def gather_parts(make: Callable[[], T]) -> list[T]:
+    """What every rank makes, in the order of ranks, on every rank; errors as in `agree`."""
     made = agree(make)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return made
+        return [made]
     parts = [made] * dist.get_world_size()
     dist.all_gather_object(parts, made)
-    return join_rollouts(parts)
+    return parts
+
+
+def gather(make: Callable[[], Rollout]) -> Rollout:
+    """Every rank's rollout, made by `make` and joined in the order of ranks, on every rank; errors as in `agree`."""
+    parts = gather_parts(make)
+    return parts[0] if len(parts) == 1 else join_rollouts(parts)
 
 
 def shape(

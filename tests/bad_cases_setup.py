@@ -226,6 +226,36 @@ CASES = [
     ),
     Case("configuration", "DPO with a beta of 0", lambda: other("DPO", "--model.beta=0"), ("DPO needs beta above 0", "got 0"), 2),
     Case("configuration", "DPO on rows for SFT", lambda: other("DPO", data="SFTDataModule"), ("DPO learns from a PairwiseDataModule",)),
+    Case(
+        "configuration",
+        "ILQL on rows without rewards",
+        lambda: other("ILQL", data="SFTDataModule"),
+        ('row 1 of those used: "reward" is None', "each row needs a finite number"),
+        1,
+    ),
+    Case("configuration", "ILQL on prompts", lambda: other("ILQL"), ("ILQL learns from an SFTDataModule", 'rows have a "reward"')),
+    Case(
+        "configuration",
+        "RFT whose responses never score enough",
+        lambda: other(
+            "RFT", "--model.reward_model=reward", "--model.min_score=1e9", "--model.num_prompts=8", "--model.sampling.max_new_tokens=4"
+        ),
+        ("0 prompts per iteration", "minibatches 4", "sample more of them (num_prompts), or keep more responses"),
+    ),
+    Case(
+        "configuration",
+        "Quark with one quantile",
+        lambda: other("Quark", "--model.reward_model=reward", "--model.num_quantiles=1"),
+        ("num_quantiles 1 must be at least 2",),
+        2,
+    ),
+    Case(
+        "configuration",
+        "NLPO whose mask lets nothing through",
+        lambda: other("NLPO", "--model.reward_model=reward", "--model.top_p=0"),
+        ("top_p 0.0 must be in (0, 1]",),
+        2,
+    ),
     Case("configuration", "no data", lambda: sft(None), ("the key data is missing", "give it"), 2),
     Case("configuration", "an unknown class", lambda: ["fit", "--model=PP0"], ("model: no class is named PP0", "its import path"), 2),
     Case("configuration", "a file that is no YAML", lambda: yaml("model: [\n", "fit"), ("mine.yaml", "line 2"), 2),

@@ -142,7 +142,12 @@ def more_tokens() -> str:
 
 def other_tokenizer() -> str:
     """A reward model whose table has room for a token that the policy's tokenizer lacks."""
-    weights(lambda w: w.update({"model.embed_tokens.weight": torch.cat([w["model.embed_tokens.weight"]] * 2)}), "reward")
+    return more_room("reward", "model.embed_tokens.weight")
+
+
+def more_room(source: str, *tables: str) -> str:
+    """A copy with one token more in its tokenizer, and its tables twice as long."""
+    weights(lambda w: w.update({name: torch.cat([w[name]] * 2) for name in tables}), source)
     found = json.loads(Path("mine/config.json").read_text())
     Path("mine/config.json").write_text(json.dumps(found | {"vocab_size": 2 * found["vocab_size"]}))
     bigger = AutoTokenizer.from_pretrained("mine")

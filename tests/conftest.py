@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny tokenizer and model directory, quiet trainers, a data sets' cache of the tests' own."""
 
+import logging
 import random
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def text(number: int, words: int) -> str:
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path_factory, monkeypatch):
-    """No seed and no rank, address or port that Lightning left behind in another test, and no files in the user's cache."""
+    """No seed, rank, address, port or logger's level left behind by another test, and no files in the user's cache."""
+    lightning = logging.getLogger("lightning.pytorch")
+    lightning.setLevel(logging.INFO)
+    monkeypatch.setattr(lightning, "propagate", True)  # for caplog
     for name in ("PL_GLOBAL_SEED", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "hf-cache"))

@@ -1,12 +1,13 @@
-"""train(): PPO, RLOO and DPO in one call, with prompts or without, and with both forms of reward function."""
+"""train(): each algorithm in one call, with prompts or without, and with both forms of reward function."""
 
 import pytest
 from transformers import pipeline
 
-from lit_rlhf import DPO, RLOO, Sampling, train
+from lit_rlhf import DPO, ILQL, NLPO, RFT, RLOO, Quark, Sampling, train
 from lit_rlhf.api import as_rows, with_samples
 from lit_rlhf.scoring import FunctionScorer
 
+SHORT = {"sampling": Sampling(8, 1.0)}
 SETTINGS = {"batch_size": 4, "ppo_epochs": 1, "sampling": Sampling(5, 1.0)}
 
 
@@ -82,6 +83,48 @@ def test_dpo(sft_dir, pair_rows, tmp_path, monkeypatch):
     assert train(sft_dir, method="dpo", dataset=pair_rows, iterations=2).trainer.global_step == 2
 
 
+@pytest.mark.parametrize(
+    ("method", "cls", "settings", "steps"),
+    [
+        ("rft", RFT, {"n": 4, "num_prompts": 8, "minibatches": 2}, 2),
+        ("quark", Quark, {"num_prompts": 4, "minibatches": 3, "minibatch_size": 2}, 3),
+        ("nlpo", NLPO, {"batch_size": 4, "ppo_epochs": 2, "min_tokens": 5}, 2),
+    ],
+)
+def test_other_methods_that_sample(sft_dir, tmp_path, monkeypatch, method, cls, settings, steps):
+    """One iteration of the default trainer; the reward sees trlX's samples, prompt + response."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def reward_fn(samples):
+        seen.extend(samples)
+        return [float(len(s)) for s in samples]
+
+    module = train(
+        sft_dir, reward_fn, ["the cat", "a dog"], method=method, settings=settings | {"sampling": Sampling(8, 1.0)}, iterations=1
+    )
+    assert isinstance(module, cls) and module.trainer.global_step == steps and module.iteration == 0
+    assert {s[:5] for s in seen} == {"the c", "a dog"} and len(seen) == {"rft": 32, "quark": 4, "nlpo": 4}[method]
+    module.policy.save(tmp_path / "hf")
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+def test_ilql(sft_dir, tmp_path, monkeypatch):
+    """trlX's second example: texts and rewards; the second text's standardised reward is 1/sqrt 2 of the other sign."""
+    monkeypatch.chdir(tmp_path)
+    pairs = ([("the", " cat"), ("the", " dog")], [1.0, 100.0])
+    settings = {"sampling": Sampling(5, 1.0), "tau": 0.6}
+    module = train(
+        sft_dir, lambda samples: [3.0] * len(samples), method="ilql", dataset=(["dolphins", "geese"], [1.0, 100.0]), eval_dataset=pairs,
+        settings=settings, iterations=2,
+    )  # fmt: skip
+    assert isinstance(module, ILQL) and module.setting["tau"] == 0.6 and module.trainer.global_step == 2
+    assert module.moments == pytest.approx((50.5, 99 / 2**0.5)) and float(module.trainer.callback_metrics["val/score"]) == 3.0
+    assert [row["prompt"] for row in module.samples] == ["the", "the"]
+    rows = [{"prompt": "the", "response": " cat", "reward": 2}]
+    assert train(sft_dir, method="ilql", dataset=rows, settings=settings).moments == (2.0, 1.0)
+
+
 def test_a_reward_model_in_place_of_a_function(sft_dir, reward_dir, make_trainer):
     module = train(sft_dir, None, ["a"], settings=SETTINGS | {"reward_model": reward_dir}, trainer=make_trainer(max_steps=1))
     assert module.reward_model == reward_dir
@@ -90,11 +133,15 @@ def test_a_reward_model_in_place_of_a_function(sft_dir, reward_dir, make_trainer
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"method": "sac"}, "method 'sac' is not known: give one of ppo, rloo, dpo"),
+        ({"method": "sac"}, "method 'sac' is not known: give one of ppo, rloo, nlpo, rft, quark, dpo, ilql"),
         ({"method": "dpo"}, "method 'dpo' learns from dataset: rows with prompt, chosen and rejected, and none is given"),
         ({"method": "dpo", "dataset": [], "prompts": ["a"], "reward_fn": len}, "takes no prompts and no reward_fn: it learns from dataset"),
         ({"method": "rloo", "dataset": []}, "method 'rloo' takes no dataset: it learns from reward_fn"),
         ({"eval_dataset": []}, "method 'ppo' takes no eval_dataset"),
+        ({"method": "ilql"}, "method 'ilql' learns from dataset: .texts, rewards., or rows with prompt, response and reward, and none is"),
+        ({"method": "ilql", "dataset": ([], []), "prompts": ["a"]}, "method 'ilql' takes no prompts"),
+        ({"method": "ilql", "dataset": (["a"], [])}, "1 samples and 0 rewards"),
+        ({"method": "quark", "dataset": []}, "method 'quark' takes no dataset"),
         ({"method": "rloo"}, "give exactly one of reward_model and reward_fn"),
     ],
 )

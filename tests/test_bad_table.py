@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from bad_cases_checkpoints import CASES as CHECKPOINTS
 from bad_cases_data import CASES as DATA
+from bad_cases_reports import CASES as REPORTS
 from bad_cases_setup import CASES as SETUP
 from bad_inputs import OK, QUIET, Case, lines, pairs, sft
 
-from lit_rlhf.cli import build, main
+from lit_rlhf.__main__ import main
+from lit_rlhf.cli import build
 
-CASES = DATA + SETUP + CHECKPOINTS
+CASES = DATA + SETUP + CHECKPOINTS + REPORTS
 PAGE = Path(__file__).parents[1] / "tutorials" / "errors.md"
 HEAD = """# What it says when something is wrong
 

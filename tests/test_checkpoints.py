@@ -190,7 +190,6 @@ def test_changed_settings_win_and_are_listed(fit, dirs, tmp_path, caplog):
     """A learning rate of 0.01 becomes 0.002: the schedule goes on from its place (linear, step 3 of 6: half of it) with the new rate."""
     fit(sft(dirs), rows())
     with caplog.at_level(logging.INFO):
-        logging.getLogger("lightning.pytorch").propagate = True
         trainer = fit(sft(dirs, lr=0.002), rows(), ckpt_path=tmp_path / "a" / "step=3.ckpt", name="b", max_steps=4)
     lines = list({r.getMessage() for r in caplog.records if "goes on at step 3" in r.getMessage()})
     assert len(lines) == 1 and "initial_lr" not in lines[0] and "changed since, and the new values hold: " in lines[0]

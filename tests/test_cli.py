@@ -214,7 +214,6 @@ def test_sigterm_ends_with_143_and_a_checkpoint(tmp_path):
 
 def test_last_goes_on_from_what_sigterm_left(tmp_path, caplog):
     """Without a ModelCheckpoint that saves on exceptions the guard does; `last` starts afresh where there is nothing."""
-    logging.getLogger("lightning.pytorch").propagate = True
     with caplog.at_level(logging.INFO):
         assert main(tiny("fit", "--model.deed=sigterm", "--ckpt_path=last")) == 143
         assert "no checkpoint in ." in caplog.text and "so the run starts from the beginning" in caplog.text

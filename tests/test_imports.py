@@ -11,12 +11,13 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (
     {"functional", "attention"},
     {"batch", "layout", "networks", "directories", "pretrained", "metrics", "optim", "sharding", "strategies", "checkpoint_io", "collapse"}
-    | {"report", "perf"},
-    {"decoding", "generation", "scoring", "scorers", "data"},
+    | {"report", "perf", "q_values", "quantile_tokens"},
+    {"decoding", "generation", "scoring", "scorers", "rewards", "masked_policy", "data"},
     {"rollout", "best_of", "checkpoints"},
     {"modules", "callbacks", "quickstart", "inspector"},
     {"__init__", "api", "cli", "cli_errors", "consolidate"},
-    {"quickstart.run", "planning", "doctor", "frontier", "winrate", "inspector.run", "learning_curve"},  # drive the command line
+    {"quickstart.run", "planning", "doctor", "frontier", "winrate", "inspector.run", "learning_curve"}  # drive the command line
+    | {"iterate", "ai_feedback"},
     {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

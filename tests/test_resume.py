@@ -119,14 +119,15 @@ def test_stopped_anywhere_within_any_step(full, dirs, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks(dirs, tmp_path, strategy):
-    """Every step, on both ranks, and six (or all twelve) resumes of resumes."""
-    finish(start(2, [strategy, *dirs, str(tmp_path / "out")], HERE / "resume_ranks.py"), 900)
+def test_two_ranks(dirs, tmp_path, strategy, stage):
+    """Five steps (or all eleven), on both ranks, and three (or all twelve) resumes of resumes."""
+    finish(start(2, [strategy, stage, *dirs, str(tmp_path / "out")], HERE / "resume_ranks.py"), 800)
     for rank in range(2):
-        for stage, found in json.loads((tmp_path / f"out.{rank}").read_text()).items():
-            note(f"{stage}, {strategy} x 2, rank {rank}", found["of"] - len(found["wrong"]), found["of"])
-            assert found["of"] == 11 + (12 if ALL else 6) and not found["wrong"]
+        found = json.loads((tmp_path / f"out.{rank}").read_text())
+        note(f"{stage}, {strategy} x 2, rank {rank}", found["of"] - len(found["wrong"]), found["of"])
+        assert found["of"] == (23 if ALL else 8) and not found["wrong"]
 
 
 @pytest.mark.slow

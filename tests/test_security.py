@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 import lit_rlhf
-from lit_rlhf import DPO, PPO, RLOO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, SFTDataModule
+from lit_rlhf import DPO, ILQL, NLPO, PPO, RFT, RLOO, SFT, PairwiseDataModule, PairwiseReward, PromptDataModule, Quark, SFTDataModule
 from lit_rlhf.callbacks.sample_table import rich_table
 from lit_rlhf.cli import build, main
 from lit_rlhf.networks import CausalPolicy, ScalarModel
@@ -204,7 +204,9 @@ def test_a_datamodules_checkpoint_names_nothing_to_import(kind, here, planted):
     assert not (here / "canary").exists()
 
 
-@pytest.mark.parametrize("kind", [SFT, PairwiseReward, PPO, DPO, RLOO, SFTDataModule, PairwiseDataModule, PromptDataModule])
+@pytest.mark.parametrize(
+    "kind", [SFT, PairwiseReward, PPO, DPO, RLOO, ILQL, RFT, Quark, NLPO, SFTDataModule, PairwiseDataModule, PromptDataModule]
+)
 def test_a_checkpoint_with_a_pickle_in_it_is_not_run(kind, here):
     torch.save({"state_dict": {}, "hyper_parameters": {"model": Trap()}}, "planted.ckpt")
     with pytest.raises(pickle.UnpicklingError):

@@ -36,6 +36,16 @@ assert one[-1]["rollout/kl"] > 0.01  # the policy has moved, so that equal numbe
 assert largest < 1e-4, largest
 assert max(abs(a[name] - b[name]) for a, b in zip(one, fsdp) for name in NAMES) < 1e-4
 """,
+    "04_policy_gradient": """
+# A mean of n samples is off by 1/sqrt(n): ten times less for a hundred times the samples.
+assert all(5 < errors[name][0] / errors[name][2] < 20 for name in errors), errors
+assert all(b < a / 3 for a, b in zip(errors["R"], errors["R - J"])), errors
+final = {name: float(scores.mean()) for name, (_, scores) in runs.items()}
+assert all(grouped_mean(runs[name][1] - before).low > 0 for name in ("REINFORCE", "baseline", "critic", "PPO")), final
+assert final["REINFORCE, gold + 5"] < final["baseline"] - 0.1 and final["PPO"] > final["baseline"] + 0.2, final
+furthest = {name: max(point["kl"] for point in curve) for name, (curve, _) in runs.items()}
+assert furthest["no clip"] > 3 * furthest["PPO"], furthest
+""",
 }
 
 

@@ -1,10 +1,11 @@
-"""What PPO and RLOO refuse before anything loads: settings that contradict each other, the data, the Trainer, a value network's ids."""
+"""What PPO, and modules that sample as it does, refuse before anything loads: contradicting settings, data, Trainer, a value network."""
 
 from typing import Any
 
 from lit_rlhf.networks import ScalarModel
 from lit_rlhf.pretrained import check_source, load_tokenizer
 from lit_rlhf.scoring import check_reward_fn
+from lit_rlhf.sharding import shards
 from lit_rlhf.strategies import check_strategy
 
 
@@ -31,8 +32,8 @@ def check_groups(rloo: Any) -> None:
         )
 
 
-def check_sampled(ppo: Any) -> None:
-    """Raises what `check_settings` does, for the arguments that PPO and RLOO share."""
+def check_rewarded(ppo: Any) -> None:
+    """Raises what `check_settings` does, for the arguments that all modules that sample and score share."""
     if (ppo.reward_model is None) == (ppo.reward_fn is None):
         raise ValueError("give exactly one of reward_model and reward_fn" + (", not both" if ppo.reward_model else ""))
     if ppo.reward_fn is not None:
@@ -44,6 +45,11 @@ def check_sampled(ppo: Any) -> None:
     for name in ("batch_size", "responses_per_prompt", "ppo_epochs", "epochs", "minibatches", "kl_horizon", "tokens_per_forward"):
         if getattr(ppo, name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(ppo, name)}")
+
+
+def check_sampled(ppo: Any) -> None:
+    """Raises what `check_settings` does, for the arguments that PPO and RLOO share."""
+    check_rewarded(ppo)
     if ppo.kl_target is not None and ppo.kl_target <= 0:
         raise ValueError(f"kl_target must be above 0 nats per response (or null for a fixed coefficient), got {ppo.kl_target}")
     if ppo.kl_target is not None and ppo.batch_size >= 5 * ppo.kl_horizon:
@@ -57,14 +63,18 @@ def check_sampled(ppo: Any) -> None:
 
 def algorithm(module: Any) -> str:
     """The name of the module's algorithm, whatever a user's subclass is called."""
-    return "PPO" if hasattr(module, "ppo_epochs") else "RLOO"
+    return next((c.__name__ for c in type(module).__mro__ if c.__module__.startswith("lit_rlhf.")), type(module).__name__)
 
 
-def check_run(ppo: Any, stage: str) -> None:
-    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO or RLOO."""
+def check_run(ppo: Any, stage: str, prompts: int | None = None) -> None:
+    """Raises TypeError or ValueError where the Trainer or the DataModule cannot serve PPO, or a module that samples as it does.
+
+    prompts: how many an iteration learns from; by default those that it samples for.
+    """
     check_strategy(ppo)
     if stage == "fit":
         _check_trainer(ppo, ppo.trainer)
+        check_parts(ppo, ppo.num_prompts if prompts is None else prompts)
     new, limit = ppo.sampling.max_new_tokens, ppo.context_length
     if limit is not None and new >= limit:  # each prompt's own length is checked by the data module
         raise ValueError(f"sampling.max_new_tokens {new} leaves no room for a prompt in the context of {ppo.model}, {limit} tokens")
@@ -80,11 +90,22 @@ def _check_trainer(ppo: Any, trainer: Any) -> None:
         raise ValueError("ptx_coef needs the rows of PromptDataModule(ptx_data=…), and the rows need a ptx_coef: give both or neither")
     if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run and not trainer.overfit_batches:
         raise ValueError("limit_train_batches would cut iterations short; use max_steps, or a smaller batch_size or fewer epochs")
-    parts = ppo.minibatches * trainer.accumulate_grad_batches * trainer.world_size
-    if ppo.num_prompts < parts:
+
+
+def check_one_device(module: Any) -> None:
+    """Raises ValueError for a sharded strategy, of modules whose networks are read outside of a forward that it knows of."""
+    if shards(module.trainer):
+        raise ValueError(f"{algorithm(module)} reads its networks' states, which sharded strategies do not hand out: use one device or ddp")
+
+
+def check_parts(ppo: Any, prompts: int, more: str = "") -> None:
+    """Raises ValueError where so many prompts cannot be split into an iteration's micro-batches; `more`: what to do about it."""
+    trainer = ppo.trainer
+    more = more or f"raise {next(name for name in ('batch_size', 'minibatch_size', 'num_prompts') if hasattr(ppo, name))}"
+    if prompts < ppo.minibatches * trainer.accumulate_grad_batches * trainer.world_size:
         raise ValueError(
-            f"{ppo.num_prompts} prompts per iteration cannot be split into minibatches {ppo.minibatches} x accumulate_grad_batches "
-            f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; raise batch_size or lower one of them"
+            f"{prompts} prompts per iteration cannot be split into minibatches {ppo.minibatches} x accumulate_grad_batches "
+            f"{trainer.accumulate_grad_batches} x {trainer.world_size} ranks; {more} or lower one of them"
         )
 
 

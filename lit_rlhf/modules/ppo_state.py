@@ -1,4 +1,4 @@
-"""What a checkpoint of PPO or RLOO holds beside weights and Lightning's counters, so that a run goes on as if it had never stopped.
+"""What a checkpoint of a module with iterations holds beside weights and Lightning's counters, so that a run goes on as if never stopped.
 
 Counters, KL coefficient, running score moments; in mid-iteration also the experience (of all ranks: every rank holds it whole), the
 numbers logged in the iteration so far, and whether its updates were stopped.
@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.batch import Experience
+from lit_rlhf.batch import Batch, Experience
 from lit_rlhf.checkpoints import fingerprint, load, save
 from lit_rlhf.data.loader import run_seed
 
@@ -53,15 +53,17 @@ class Journal:
 
 
 def save_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
-    """Adds the state of PPO or RLOO to a checkpoint."""
+    """Adds the state of PPO, or of a module with its counters, to a checkpoint."""
     save(ppo, checkpoint)
-    state = {name: getattr(ppo, name) for name in COUNTERS}
+    state = {name: getattr(ppo, name) for name in COUNTERS if hasattr(ppo, name)}
     position = ppo.step_position if ppo.run.unfinished(ppo.trainer) else ppo.position
     updates = position // ppo.trainer.accumulate_grad_batches
-    state |= {"updates": updates, "collapse": ppo.collapse.state()}
+    state |= {"updates": updates}
+    if hasattr(ppo, "collapse"):
+        state["collapse"] = ppo.collapse.state()
     if ppo.experience is not None and updates < ppo.steps_per_iteration:
         state |= {"experience": ppo.experience.state(), "journal": ppo.journal.entries[: updates + 1], "fixed": fixed(ppo)}
-    if ppo.moments is not None:
+    if getattr(ppo, "moments", None) is not None:
         state["moments"] = [ppo.moments.count, ppo.moments.mean, ppo.moments.squares]
     checkpoint["ppo"] = state
 
@@ -72,15 +74,17 @@ def load_state(ppo: Any, checkpoint: dict[str, Any]) -> None:
     state = checkpoint["ppo"]
     if "fixed" in state and ppo._trainer is not None and ppo.trainer.training:
         check_fixed(ppo, state)
-    for name in COUNTERS:
+    for name in set(COUNTERS) & state.keys():
         setattr(ppo, name, state[name])
     ended = state["updates"] and "experience" not in state  # however many updates an iteration has now
     accumulate = 1 if ppo._trainer is None else ppo.trainer.accumulate_grad_batches
     ppo.position = ppo.step_position = (ppo.steps_per_iteration if ended else state["updates"]) * accumulate
-    ppo.collapse.load(state["collapse"])
-    ppo.experience = Experience.of_state(state["experience"]) if "experience" in state else None
+    if "collapse" in state:
+        ppo.collapse.load(state["collapse"])
+    saved = state.get("experience")
+    ppo.experience = None if saved is None else Experience.of_state(saved) if "batch" in saved else Batch(**saved)
     ppo.journal.entries, ppo.journal.resumed = list(state.get("journal", [])), True
-    if ppo.moments is not None and "moments" in state:
+    if getattr(ppo, "moments", None) is not None and "moments" in state:
         ppo.moments.count, ppo.moments.mean, ppo.moments.squares = state["moments"]
 
 

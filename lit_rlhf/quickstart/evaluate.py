@@ -63,8 +63,12 @@ def evaluate(out: Path, sampling: Sampling, seed: int) -> tuple[dict[str, Any], 
 
 def summarise(where: Path, sft: CausalPolicy, scorer: ModelScorer, prompts: list[str], sampling: Sampling, seed: int) -> Summaries:
     """Samples one summary per prompt from the model in `where`, at the training temperature and with noise that depends on the seed."""
-    policy = CausalPolicy.load(str(where)).eval()
-    encoder = Encoder(policy.tokenizer)
+    return judged(CausalPolicy.load(str(where)).eval(), sft, scorer, prompts, sampling, seed)
+
+
+def judged(policy: Any, sft: CausalPolicy, scorer: ModelScorer, prompts: list[str], sampling: Sampling, seed: int) -> Summaries:
+    """`summarise` for a policy that is loaded, or for what samples and gives log-probs as one."""
+    encoder = Encoder(sft.tokenizer)
     batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(prompts)], columns={"prompt": prompts})
     with torch.no_grad():
         made = collect(Actors(policy, sft, None, scorer), batch, sampling, key=(seed, NOISE))

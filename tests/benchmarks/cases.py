@@ -56,9 +56,12 @@ CASES = {
     "hh": Case(pair("hh", "reward", 8, rows="hh"), [Ratio("reward, HH data, 16 pairs a step", "hh_ours", "hh_trl", "pairs/s", 4.0)]),
     "ppo": Case(
         [
-            *pair("ppo", "ppo", 1, **PPO),
+            # Ours one after the other: two precisions are compared within a minute.
+            Run("ppo_ours", "ours", "ppo", 1, **PPO),
+            Run("ppo_bf16_ours", "ours", "ppo", 1, precision="bf16", **PPO),
             Run("ppo_8x4_ours", "ours", "ppo", 1, rows="prompts8", responses=4, **PPO),
-            *pair("ppo_bf16", "ppo", 1, precision="bf16", **PPO),
+            Run("ppo_trl", "trl", "ppo", 1, **PPO),
+            Run("ppo_bf16_trl", "trl", "ppo", 1, precision="bf16", **PPO),
         ],
         [
             Ratio("PPO, 32 prompts x 1, float32", "ppo_ours", "ppo_trl", "responses/s", 3.0, 0.5),

@@ -1,0 +1,1 @@
+"""`lit-rlhf iterate`: rounds of sampling, labelling, refitting the reward model and PPO; resumable, with one report."""

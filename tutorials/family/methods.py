@@ -1,0 +1,199 @@
+"""Runs every algorithm on the quickstart's world and judges all of them alike; page.py makes the table of ../family.md of it.
+
+    python tutorials/family/methods.py WORK SEED_0 SEED_1 SEED_2 [--only NAME …] [--seeds S …] [--part 0/2]
+    python tutorials/family/page.py WORK
+
+SEED_S is the folder that `lit-rlhf quickstart --out FOLDER --seed S` left: SFT and the reward model are made once a seed. WORK gets one
+file a method and seed; what is there is not run again. `--part i/n` runs every n-th of what is left, for n processes side by side.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lit_rlhf import cli
+from lit_rlhf.batch import Batch
+from lit_rlhf.best_of import candidates
+from lit_rlhf.callbacks import ExportHF
+from lit_rlhf.data.text import format_tldr
+from lit_rlhf.data.tokenise import Encoder
+from lit_rlhf.functional import best_of_n_kl
+from lit_rlhf.generation import Sampling
+from lit_rlhf.networks import CausalPolicy, ScalarModel
+from lit_rlhf.quickstart.evaluate import NOISE, Summaries, judged
+from lit_rlhf.quickstart.run import quiet, settings, stage_command
+from lit_rlhf.quickstart.world import gold
+from lit_rlhf.scoring import ModelScorer
+
+# Without what does not change the policy.
+PLAIN = ["--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+REWARDED = "rewarded_{part}.jsonl"
+BEST_OF = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """One algorithm: its YAML file is configs/quickstart/NAME.yaml; `learns_from` is what it needs beside the SFT model."""
+
+    name: str
+    label: str
+    learns_from: str
+
+
+SFT = Method("sft", "SFT", "")
+BEST = Method("best-of-n", f"best of {BEST_OF}", "reward model, when used")
+TRAINED = [
+    Method("rft", "RFT", "reward model"),
+    Method("dpo", "DPO", "rankings"),
+    Method("rloo", "RLOO", "reward model"),
+    Method("ppo", "PPO", "reward model"),
+    Method("nlpo", "NLPO", "reward model"),
+    Method("quark", "Quark", "reward model"),
+    Method("ilql", "ILQL", "people's scores of rankings"),
+]
+METHODS = [SFT, BEST, *TRAINED]
+
+
+class Judge:
+    """What a policy is worth on the held-out posts of one seed's quickstart: the quickstart's own evaluation, the same for all."""
+
+    def __init__(self, quick: Path, seed: int) -> None:
+        rows = [json.loads(line) for line in (quick / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
+        self.sft = CausalPolicy.load(str(quick / "sft" / "hf")).eval()
+        self.scorer = ModelScorer(ScalarModel.load(str(quick / "reward" / "hf")).eval())
+        self.sampling, self.seed = Sampling(**settings("ppo")["model"]["init_args"]["sampling"]), seed
+
+    def policy(self, policy: Any) -> Summaries:
+        """One sample a post from a policy, or from what samples and gives log-probs as one."""
+        return judged(policy.eval(), self.sft, self.scorer, self.prompts, self.sampling, self.seed)
+
+    def best_of_n(self) -> Summaries:
+        """The reward model's choice of n samples of SFT; their KL is its bound, log n - (n - 1)/n."""
+        encoder = Encoder(self.sft.tokenizer)
+        batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(self.prompts)], columns={"prompt": self.prompts})
+        found = candidates(self.sft, self.scorer, batch, self.sampling, BEST_OF, (self.seed, NOISE))
+        best = found.best
+        texts = [row[k] for row, k in zip(found.texts, best.tolist(), strict=True)]
+        scores, lengths = (x.gather(1, best[:, None]).squeeze(1).tolist() for x in (found.scores, found.lengths))
+        return Summaries(texts, gold(self.prompts, texts), scores, [best_of_n_kl(BEST_OF)] * len(texts), lengths)
+
+    def module(self, name: str, module: Any) -> Summaries:
+        """One sample a post from what a module has learnt, in its own way of sampling."""
+        if name == "nlpo":
+            return self.policy(module.masked)
+        if name == "ilql":
+            with module.network.eval().guided(module.beta, module.top_k) as policy:
+                return self.policy(policy)
+        if name == "quark":
+            return self.quark(module)
+        return self.policy(module.policy)
+
+    def quark(self, module: Any) -> Summaries:
+        """Behind the best quantile's token; the reference reads none."""
+        encoder = Encoder(module.tokenizer)
+        batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(self.prompts)], columns={"prompt": self.prompts})
+        module.policy.eval()
+        with torch.no_grad():
+            rows = module.predict_step(batch, 0)
+        texts, scores, kl, lengths = ([row[key] for row in rows] for key in ("response", "score", "kl", "length"))
+        return Summaries(texts, gold(self.prompts, texts), scores, kl, lengths)
+
+
+class Silent(Callback):
+    """Stands where a run has no callbacks left, so that Lightning adds none that print."""
+
+
+def train(method: Method, quick: Path, seed: int, work: Path, more: list[str] | None = None) -> Any:
+    """The method's YAML file on the quickstart in `quick`; the module that has learnt.
+
+    Args:
+        more: arguments of every method, e.g. for a short run in a test.
+    """
+    if method.name == "ilql":
+        write_rewarded(quick / "data")
+    folder = [f"--trainer.default_root_dir={work / 'logs'}"]
+    run = cli.build(stage_command(method.name, quick, seed, [*PLAIN, *folder, *(more or ())]))
+    run.trainer.callbacks = [c for c in run.trainer.callbacks if not isinstance(c, ExportHF)] or [Silent()]
+    run.run()
+    return run.model
+
+
+def write_rewarded(data: Path) -> None:
+    """The rankings that the reward model learns from, as rewarded responses: a row each, with the scores that people gave."""
+    for part in ("train", "valid"):
+        out = data / REWARDED.format(part=part)
+        if out.exists():
+            continue
+        rows = [json.loads(line) for line in (data / f"comparisons_{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        made = [
+            {"prompt": row["prompt"], "response": response, "reward": score}
+            for row in rows
+            for response, score in zip(row["responses"], row["scores"], strict=True)
+        ]
+        write(out, "".join(json.dumps(row) + "\n" for row in made))
+
+
+def measure(method: Method, quick: Path, seed: int, work: Path, judge: Judge, more: list[str] | None = None) -> dict[str, Any]:
+    """Trains one method and judges what it has learnt: a number a post, the responses it sampled while learning, and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    if method is SFT:
+        found, sampled = judge.policy(judge.sft), 0
+    elif method is BEST:
+        found, sampled = judge.best_of_n(), BEST_OF * len(judge.prompts)
+    else:
+        module = train(method, quick, seed, work, more)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu  # of learning alone
+        found, sampled = judge.module(method.name, module), int(getattr(module, "episodes", 0))
+    if method is BEST:
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    took = {"wall": 0.0, "cpu": 0.0} if method is SFT else {"wall": wall, "cpu": cpu}
+    return {"method": method.name, "seed": seed, "sampled": sampled, **took, **asdict(found)}
+
+
+def write(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("quickstarts", type=Path, nargs="+", help="of the seeds 0, 1, …")
+    parser.add_argument("--only", nargs="*", default=[], choices=[m.name for m in METHODS], metavar="NAME")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="default all")
+    parser.add_argument("--part", default="0/1")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    cli.quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    part, parts = map(int, args.part.split("/"))
+    judges: dict[int, Judge] = {}
+    with quiet():
+        wanted = [m for m in METHODS if not args.only or m.name in args.only]
+        every = [(method, seed) for seed in args.seeds or range(len(args.quickstarts)) for method in wanted]
+        for method, seed in every[part::parts]:
+            target = args.work / f"{method.name}.{seed}.json"
+            if target.exists():
+                continue
+            judge = judges.get(seed) or judges.setdefault(seed, Judge(args.quickstarts[seed], seed))
+            found = measure(method, args.quickstarts[seed], seed, args.work, judge)
+            write(target, json.dumps(found) + "\n")
+            means = {key: sum(found[key]) / len(found[key]) for key in ("gold", "kl", "scores", "lengths")}
+            print(f"{method.name}, seed {seed}: {means}, {found['cpu']:.0f} CPU s, {found['sampled']} responses", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
