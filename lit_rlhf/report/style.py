@@ -41,7 +41,8 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--rule); text-align
 th { font-weight: 600; color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 th.words, td.words { text-align: left; } td.long { white-space: pre-wrap; min-width: 22ch; max-width: 60ch; overflow-wrap: anywhere; }
 .pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 600; } .warn { font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem; margin: .8rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem; margin: .8rem 0;
+  align-items: start; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 8px; } figure svg { width: 100%; display: block; }
 figcaption { font-size: .82rem; line-height: 1.4; padding: .2rem .3rem 0; }
 article { background: var(--card); border-radius: 8px; padding: .8rem 1rem; margin: .8rem 0; break-inside: avoid; }

@@ -15,9 +15,9 @@ TLDR="--data.data $D/tldr_train.jsonl.gz --data.val_data $D/tldr_valid.jsonl.gz 
 PAIRS="--data.val_data $D/comparisons_valid.jsonl.gz $COMMON"
 HALF="--model.frozen_layers 20 --data.batch_size 16 --model.optimizer.init_args.lr 5e-5 --model.scheduler.init_args.warmup_steps 4"
 WRITE="--model.sampling.max_new_tokens 24"
-PPO="--config $RUNS/configs/ppo.yaml $TLDR $WRITE --data.limit_train_rows 2000 --model.batch_size 32 --model.responses_per_prompt 2
+PPO="--config $RUNS/configs/ppo.yaml $TLDR $WRITE --data.limit_train_rows 2000 --model.batch_size 64 --model.responses_per_prompt 4
   --model.ppo_epochs 2 --model.frozen_layers 20 --model.kl_coef 0.02 --model.optimizer.init_args.lr 1e-4 --model.value_lr 1e-4
-  --trainer.max_epochs 12 --trainer.check_val_every_n_epoch 1000"
+  --trainer.max_epochs 32 --trainer.check_val_every_n_epoch 1000"
 
 timed() { # NAME COMMAND…: what it cost goes to $RUNS/time/NAME
   local name=$1
@@ -52,11 +52,11 @@ curve() {
 doctor() { # NAME MORE…: 1 where something failed
   local name=$1
   shift
-  timed "$name" doctor --base "$MODEL" --sft "$RUNS/sft/hf" --reward "$RUNS/reward/hf" --rows 48 --max_new_tokens 24 --max_prompt_tokens 96 \
+  timed "$name" doctor --base "$MODEL" --sft "$RUNS/sft/hf" --reward "$RUNS/reward/hf" --rows 24 --max_new_tokens 24 --max_prompt_tokens 96 \
     --data "$D"/{tldr,comparisons}_{train,valid}.jsonl.gz --out "$RUNS/$name" "$@" >"$RUNS/$name.txt" || true
 }
 frontier() {
-  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 4 --best_of 16 --data.limit_val_rows 48 \
+  timed frontier frontier $PPO --gold tutorials.debian_tldr.rewards.rouge --every 8 --best_of 16 --data.limit_val_rows 48 \
     --out "$RUNS/frontier"
 }
 predict() { # what SFT and PPO write to the same posts, with the same noise; what the maintainers wrote
