@@ -192,9 +192,8 @@ def test_quick_bench_of_ours(tmp_path):
     pairs = [{"prompt": post, "chosen": " " + text(6), "rejected": " " + text(7)} for post in posts]
     for name in ("debian_tldr/comparisons_train.jsonl.gz", "hh_harmless/train.jsonl.gz"):
         write(tmp_path / name, pairs)
-    done = subprocess.run(
-        [sys.executable, HERE / "run.py", "--quick", "--data", tmp_path, "--folder", tmp_path / "b"], capture_output=True, text=True
-    )
+    command = [sys.executable, HERE / "run.py", "--quick", "--threads", "1", "--data", tmp_path, "--folder", tmp_path / "b"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "b" / "quick.json").read_text())
     assert set(found["turns"]) == {"sft_ours", "reward_ours", "ppo_ours", "ppo_8x4_ours", "ppo_bf16_ours", "dpo_ours", "rloo_ours"}
