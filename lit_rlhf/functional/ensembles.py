@@ -23,7 +23,10 @@ def preference_spread(first: Tensor, second: Tensor) -> Tensor:
 
     Pairs with the largest are worth labelling next (Christiano et al. 2017, 2.2.4: the highest variance across the ensemble's predictions);
     of margins 5 and 8, which agree, it is near 0. Shapes: both (K, N) -> (N,), between 0 and 0.5.
+    Raises ValueError for fewer than two models.
     """
+    if first.dim() != 2 or len(first) < 2:
+        raise ValueError(f"the spread of an ensemble takes scores of two or more models, (K, N); got {tuple(first.shape)}")
     return spread((first.float() - second.float()).sigmoid())
 
 

@@ -11,7 +11,7 @@ from lit_rlhf import cli
 from lit_rlhf.data.collate import collate
 from lit_rlhf.data.loader import permutation, rolling
 from lit_rlhf.data.text import tidy_response
-from lit_rlhf.functional.active_choice import disputed_pairs
+from lit_rlhf.functional import preference_spread
 from lit_rlhf.generation import sample
 from lit_rlhf.iterate.rounds import Row
 from lit_rlhf.modules import PPO
@@ -110,7 +110,9 @@ def most_disputed(rows: Sequence[Row], rewards: Sequence[str], count: int, devic
             choices.append((m, i, j))
             pairs.append((first + i, first + j))
         first += len(row["responses"])
-    return [choices[q] for q in disputed_pairs(scores, torch.tensor(pairs).view(-1, 2), count).tolist()]
+    one, other = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
+    order = preference_spread(scores[:, one], scores[:, other]).argsort(descending=True, stable=True)
+    return [choices[q] for q in order[:count].tolist()]
 
 
 def asked(rows: Sequence[Row], choices: Sequence[Choice], number: int, held_out: bool, key: Sequence[int], begin: int = 0) -> list[Row]:

@@ -36,45 +36,55 @@ class Summaries:
     lengths: list[int]
 
 
+class Judge:
+    """What policies are worth on the held-out posts of the quickstart in `out`: one summary a post, by gold reward, reward model and KL.
+
+    All are asked at the training temperature with the same noise, which depends on the seed.
+    """
+
+    def __init__(self, out: Path, sampling: Sampling, seed: int) -> None:
+        rows = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
+        self.references = [row["summary"] for row in rows]
+        self.scorer = ModelScorer(ScalarModel.load(str(out / "reward" / "hf")).eval())
+        self.sft = CausalPolicy.load(str(out / STAGES["SFT"])).eval()
+        self.sampling, self.seed = sampling, seed
+
+    def batch(self) -> Batch:
+        """The posts, tokenised, with the column "prompt"."""
+        encoder = Encoder(self.sft.tokenizer)
+        return Batch.of([encoder.prompt(ids) for ids in encoder.ids(self.prompts)], columns={"prompt": self.prompts})
+
+    def __call__(self, policy: Any) -> Summaries:
+        """Of a policy's directory, of a policy, or of what samples and gives log-probs as one."""
+        policy = CausalPolicy.load(str(policy)) if isinstance(policy, Path) else policy
+        with torch.no_grad():
+            made = collect(Actors(policy.eval(), self.sft, None, self.scorer), self.batch(), self.sampling, key=(self.seed, NOISE))
+        mask = made.batch.response_mask
+        kl = (k1(made.logprobs, made.ref_logprobs) * mask).sum(1)
+        return Summaries(made.texts, gold(self.prompts, made.texts), made.scores.tolist(), kl.tolist(), mask.sum(1).tolist())
+
+
 def evaluate(out: Path, sampling: Sampling, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report's numbers, and one row per held-out post: its prompt, and a person's and each stage's summary with the gold reward."""
-    rows = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
-    references = [row["summary"] for row in rows]
+    judge = Judge(out, sampling, seed)
+    prompts, references = judge.prompts, judge.references
     people = gold(prompts, references)
-    scorer = ModelScorer(ScalarModel.load(str(out / "reward" / "hf")).eval())
-    sft = CausalPolicy.load(str(out / STAGES["SFT"])).eval()
-    made = {name: summarise(out / where, sft, scorer, prompts, sampling, seed) for name, where in STAGES.items()}
+    made = {name: judge(out / where) for name, where in STAGES.items()}
     report = {
         "seed": seed,
         "posts": len(prompts),
         "stages": [stage_row(name, summaries, references) for name, summaries in made.items()],
         "people": {"gold": fmean(people)},
         "ppo_minus_sft": paired(made["PPO"].gold, made["SFT"].gold),
-        "reward_accuracy": reward_accuracy(scorer, seed),
+        "reward_accuracy": reward_accuracy(judge.scorer, seed),
     }
     shown = {"a person": (references, people)} | {name: (s.texts, s.gold) for name, s in made.items()}
     samples = [
         {"prompt": prompts[i], "summaries": {name: (texts[i], worth[i]) for name, (texts, worth) in shown.items()}}
-        for i in range(len(rows))
+        for i in range(len(prompts))
     ]
     return report, samples
-
-
-def summarise(where: Path, sft: CausalPolicy, scorer: ModelScorer, prompts: list[str], sampling: Sampling, seed: int) -> Summaries:
-    """Samples one summary per prompt from the model in `where`, at the training temperature and with noise that depends on the seed."""
-    return judged(CausalPolicy.load(str(where)).eval(), sft, scorer, prompts, sampling, seed)
-
-
-def judged(policy: Any, sft: CausalPolicy, scorer: ModelScorer, prompts: list[str], sampling: Sampling, seed: int) -> Summaries:
-    """`summarise` for a policy that is loaded, or for what samples and gives log-probs as one."""
-    encoder = Encoder(sft.tokenizer)
-    batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(prompts)], columns={"prompt": prompts})
-    with torch.no_grad():
-        made = collect(Actors(policy, sft, None, scorer), batch, sampling, key=(seed, NOISE))
-    mask = made.batch.response_mask
-    kl = (k1(made.logprobs, made.ref_logprobs) * mask).sum(1)
-    return Summaries(made.texts, gold(prompts, made.texts), made.scores.tolist(), kl.tolist(), mask.sum(1).tolist())
 
 
 def stage_row(name: str, made: Summaries, references: list[str]) -> dict[str, Any]:

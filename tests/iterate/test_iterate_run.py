@@ -1,6 +1,7 @@
 """The command on tiny networks: what it leaves, that it goes on after a kill at any point with the same numbers, what it refuses."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,15 @@ def check_accuracy_and_choice_by_transformers_alone(tokenizer):
             sum(score(m, r["prompt"], r["first"], tokenizer) - score(m, r["prompt"], r["second"], tokenizer) for m in models) for r in rows
         ]
         assert name == [(margin > 0) == (row["preferred"] > 0.5) for margin, row in zip(margins, rows, strict=True)]
-    # round 2 asked about the pairs with the largest spread of round 1's two models: |d0 - d1| / 2
+    # round 2 asked about the pairs with the largest spread of round 1's two models: |sigmoid(d0) - sigmoid(d1)| / 2
     rows = read_rows(Path("out/round-2/responses.jsonl"))[2:]
-    spreads = {}
+    spreads, sure = {}, lambda d: 1 / (1 + math.exp(-d))  # noqa: E731
     for row in rows:
         texts = [text for _, text in row["responses"]]
         raw = [[score(m, row["prompt"], text, tokenizer) for text in texts] for m in earlier]
         for i in range(len(texts)):
             for j in range(i):
-                spreads[row["prompt"], *sorted((texts[i], texts[j]))] = abs((raw[0][i] - raw[0][j]) - (raw[1][i] - raw[1][j])) / 2
+                spreads[row["prompt"], *sorted((texts[i], texts[j]))] = abs(sure(raw[0][i] - raw[0][j]) - sure(raw[1][i] - raw[1][j])) / 2
     chosen = [r for r in read_rows(Path("out/round-2/pairs.jsonl")) if not r["held_out"]]
     found = [spreads[r["prompt"], *sorted((r["first"], r["second"]))] for r in chosen]
     assert found == pytest.approx(sorted(spreads.values(), reverse=True)[:8], abs=1e-5) and found[0] > 2 * min(spreads.values())

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +13,19 @@ FOLDER = Path(__file__).parents[2] / "tutorials" / "control"
 PAGE = FOLDER.parent / "control.md"
 gym = pytest.importorskip("gymnasium", reason="the tutorial's extra is not installed: pip install 'lit-rlhf[control]'")
 pytest.importorskip("stable_baselines3", reason="the tutorial's extra is not installed: pip install 'lit-rlhf[control]'")
-MODULES = ("world", "preferences", "feedback", "figures")
-
-
-@pytest.fixture(scope="module")
-def tutorial():
-    """The tutorial's four files, by name."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+SCRIPTS = ("world", "preferences", "feedback", "figures")
 
 
 # The worlds
 
 
 @pytest.mark.parametrize("push", [0, 1])
-def test_an_episode_is_as_long_whatever_happens_and_its_reward_is_that_of_gymnasiums_cartpole(tutorial, push):
-    fixed, usual = tutorial["world"].FixedCartPole(), gym.make("CartPole-v1")
+def test_an_episode_is_as_long_whatever_happens_and_its_reward_is_that_of_gymnasiums_cartpole(scripts, push):
+    fixed, usual = scripts["world"].FixedCartPole(), gym.make("CartPole-v1")
     fixed.reset(seed=3)
     usual.reset(seed=3)
     rewards, ends = [], []
-    for _ in range(tutorial["world"].HORIZON):
+    for _ in range(scripts["world"].HORIZON):
         _, reward, terminated, truncated, _ = fixed.step(push)
         rewards.append(reward)
         ends.append((terminated, truncated))
@@ -51,8 +38,8 @@ def test_an_episode_is_as_long_whatever_happens_and_its_reward_is_that_of_gymnas
     assert ends == [(False, False)] * 199 + [(False, True)]
 
 
-def test_the_recorder_pays_what_it_is_told_and_keeps_the_truth(tutorial):
-    world = tutorial["world"]
+def test_the_recorder_pays_what_it_is_told_and_keeps_the_truth(scripts):
+    world = scripts["world"]
     venv = world.Recorder(world.FixedCartPole, 2, seed=0, pay=lambda seen, done: seen[:, 0] * 0 + done + 7)
     first = venv.reset()
     paid = [venv.step(np.array([0, 1]))[1].tolist() for _ in range(world.HORIZON + 3)]
@@ -65,8 +52,8 @@ def test_the_recorder_pays_what_it_is_told_and_keeps_the_truth(tutorial):
 # Clips and labels
 
 
-def test_a_clip_is_a_stretch_of_one_copy_with_its_own_true_return(tutorial):
-    p, world = tutorial["preferences"], tutorial["world"]
+def test_a_clip_is_a_stretch_of_one_copy_with_its_own_true_return(scripts):
+    p, world = scripts["preferences"], scripts["world"]
     venv = world.Recorder(world.FixedCartPole, 2, seed=0)
     venv.reset()
     rng = np.random.default_rng(0)
@@ -82,24 +69,24 @@ def test_a_clip_is_a_stretch_of_one_copy_with_its_own_true_return(tutorial):
         assert float(made.true[copy]) == sum(t[copy] for t in venv.true[25:50])
 
 
-def test_a_label_is_the_better_clip_a_tie_or_in_one_of_ten_a_coin(tutorial):
+def test_a_label_is_the_better_clip_a_tie_or_in_one_of_ten_a_coin(scripts):
     generator = torch.Generator().manual_seed(0)
     n = 20_000
     for first, second, honest in ((3.0, 1.0, 1.0), (1.0, 3.0, 0.0), (2.0, 2.0, 0.5)):
-        labels = tutorial["preferences"].label(torch.full((n,), first), torch.full((n,), second), generator)
+        labels = scripts["preferences"].label(torch.full((n,), first), torch.full((n,), second), generator)
         wrong = 0.05 if honest != 0.5 else 0.1  # a coin errs half of the time, and never says that it is a tie
         assert abs(float((labels != honest).double().mean()) - wrong) < 4 * math.sqrt(wrong / n)
 
 
-def test_pairs_are_of_two_clips_each_as_likely_as_any(tutorial):
-    pairs = tutorial["preferences"].random_pairs(3, 6000, torch.Generator().manual_seed(0)).tolist()
+def test_pairs_are_of_two_clips_each_as_likely_as_any(scripts):
+    pairs = scripts["preferences"].random_pairs(3, 6000, torch.Generator().manual_seed(0)).tolist()
     counts = [sum(pair == [i, j] for pair in pairs) for i in range(3) for j in range(3)]
     assert counts[0] == counts[4] == counts[8] == 0
     assert all(abs(c - 1000) < 150 for c in counts if c)  # five standard deviations of 1000
 
 
-def test_the_pairs_that_are_asked_about_are_those_on_which_the_members_differ(tutorial):
-    p = tutorial["preferences"]
+def test_the_pairs_that_are_asked_about_are_those_on_which_the_members_differ(scripts):
+    p = scripts["preferences"]
     torch.manual_seed(0)
     ensemble, features = p.RewardEnsemble(6), torch.randn(40, p.CLIP, 6)
     every = [[i, j] for i in range(40) for j in range(0, i, 5)]
@@ -128,14 +115,14 @@ def linear_world(p, pairs, shuffled, seed=0):
     return float((torch.sign(worth[:150] - worth[150:]) == torch.sign(true[:150] - true[150:])).double().mean())
 
 
-def test_the_ensemble_learns_a_reward_from_labels_and_nothing_from_shuffled_ones(tutorial):
-    p = tutorial["preferences"]
+def test_the_ensemble_learns_a_reward_from_labels_and_nothing_from_shuffled_ones(scripts):
+    p = scripts["preferences"]
     assert linear_world(p, 300, shuffled=False) > 0.85
     assert linear_world(p, 300, shuffled=True) < 0.7
 
 
-def test_rewards_have_mean_0_and_spread_1_for_each_member(tutorial):
-    p = tutorial["preferences"]
+def test_rewards_have_mean_0_and_spread_1_for_each_member(scripts):
+    p = scripts["preferences"]
     torch.manual_seed(0)
     ensemble, steps = p.RewardEnsemble(4), torch.randn(500, 4)
     ensemble.normalise(steps)
@@ -154,8 +141,8 @@ def short_run(p, make):
     return torch.cat([w.detach().flatten() for w in run.model.policy.parameters()])
 
 
-def test_the_true_reward_reaches_the_learner_through_the_counted_labels_alone(tutorial, monkeypatch):
-    p, asked = tutorial["preferences"], []
+def test_the_true_reward_reaches_the_learner_through_the_counted_labels_alone(scripts, monkeypatch):
+    p, asked = scripts["preferences"], []
     monkeypatch.setattr(p, "true_return", lambda *args: 0.0)  # takes seconds and is not looked at
 
     def guess(first, second, generator):
@@ -173,8 +160,8 @@ def test_the_true_reward_reaches_the_learner_through_the_counted_labels_alone(tu
     assert asked == [10, 14, 10, 14]
 
 
-def test_sacs_whole_replay_buffer_is_paid_by_the_ensemble_of_today(tutorial):
-    p, world = tutorial["preferences"], tutorial["world"]
+def test_sacs_whole_replay_buffer_is_paid_by_the_ensemble_of_today(scripts):
+    p, world = scripts["preferences"], scripts["world"]
     venv = world.Recorder(world.pendulum, 1, seed=0, pay=lambda seen, done: np.full(len(seen), 7.0))
     model = p.learner(venv, seed=0).learn(60)  # it acts at random, and does not train, before step 500
     torch.manual_seed(0)
@@ -191,25 +178,25 @@ def test_sacs_whole_replay_buffer_is_paid_by_the_ensemble_of_today(tutorial):
 # Remarks
 
 
-def test_coachs_gradient_is_the_remark_times_the_mean_log_derivative(tutorial):
+def test_coachs_gradient_is_the_remark_times_the_mean_log_derivative(scripts):
     logits = torch.tensor([[0.3, -0.2], [1.0, 0.5], [-0.7, 0.1]], requires_grad=True)
     actions = torch.tensor([1, 0, 0])
-    tutorial["feedback"].coach_loss(lambda states: states, logits, actions, 2.0).backward()
+    scripts["feedback"].coach_loss(lambda states: states, logits, actions, 2.0).backward()
     p = logits.detach().softmax(1)
     by_hand = -2.0 * (torch.eye(2)[actions] - p) / 3  # d log softmax / d logits = one-hot - p; the mean over three steps
     assert torch.allclose(logits.grad, by_hand, atol=1e-6)
 
 
-def test_tamer_shares_a_remark_among_the_steps_it_may_be_about(tutorial):
+def test_tamer_shares_a_remark_among_the_steps_it_may_be_about(scripts):
     says = torch.tensor([[0.5, 9.0], [9.0, 0.1], [0.3, 9.0]], requires_grad=True)
-    loss = tutorial["feedback"].tamer_loss(lambda states: states, says, torch.tensor([0, 1, 0]), 1.0)
+    loss = scripts["feedback"].tamer_loss(lambda states: states, says, torch.tensor([0, 1, 0]), 1.0)
     loss.backward()
     assert float(loss.detach()) == pytest.approx((1 - 0.3) ** 2)  # the mean of .5, .1 and .3 is .3
     assert torch.allclose(says.grad, torch.tensor([[1, 0], [0, 1], [1, 0]]) * -2 * 0.7 / 3)
 
 
-def test_the_trainer_speaks_late_sometimes_and_errs_at_its_rate(tutorial):
-    f = tutorial["feedback"]
+def test_the_trainer_speaks_late_sometimes_and_errs_at_its_rate(scripts):
+    f = scripts["feedback"]
     trainer, state = f.Trainer(np.random.default_rng(0)), np.array([0.0, 0.0, 0.1, 0.0])  # it leans right: 1 is the better push
     said = []
     for step in range(40_000):
@@ -242,8 +229,8 @@ def test_the_page_shows_the_files_own_lines_and_figures():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_cartpole_is_learned_from_labels_within_a_tenth_of_ppo_on_the_true_reward(tutorial, seed):
-    runs = tutorial["figures"].RUNS
+def test_cartpole_is_learned_from_labels_within_a_tenth_of_ppo_on_the_true_reward(scripts, seed):
+    runs = scripts["figures"].RUNS
     true, labels = runs["cartpole/true"](seed), runs["cartpole/labels"](seed)
     assert labels["labels"] <= 700
     assert true["final"] > 150 and labels["final"] > 0.9 * true["final"], (true["final"], labels["final"])
@@ -251,16 +238,16 @@ def test_cartpole_is_learned_from_labels_within_a_tenth_of_ppo_on_the_true_rewar
 
 
 @pytest.mark.slow
-def test_shuffled_labels_teach_nothing(tutorial):
-    run = tutorial["figures"].RUNS["cartpole/shuffled"](0)
+def test_shuffled_labels_teach_nothing(scripts):
+    run = scripts["figures"].RUNS["cartpole/shuffled"](0)
     assert run["labels"] == 700 and run["final"] < 100, run["final"]
 
 
 @pytest.mark.slow
-def test_a_trainers_remarks_teach_tamer(tutorial):
-    assert tutorial["figures"].RUNS["remarks/TAMER"](0)["final"] > 250
+def test_a_trainers_remarks_teach_tamer(scripts):
+    assert scripts["figures"].RUNS["remarks/TAMER"](0)["final"] > 250
 
 
 @pytest.mark.slow
-def test_muddled_remarks_teach_coach_nothing(tutorial):
-    assert tutorial["figures"].RUNS["remarks/COACH, muddled"](0)["final"] < 125
+def test_muddled_remarks_teach_coach_nothing(scripts):
+    assert scripts["figures"].RUNS["remarks/COACH, muddled"](0)["final"] < 125

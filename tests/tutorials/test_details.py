@@ -21,25 +21,13 @@ from lit_rlhf.quickstart.world import write_data
 from lit_rlhf.rollout import Rollout, Shaping
 
 FOLDER = Path(__file__).parents[2] / "tutorials" / "details"
-NAMES = ("broken", "variants", "laboratory", "page")
+SCRIPTS = ("broken", "variants", "laboratory", "page")
 MORE = [
     "--trainer.max_epochs=2",
     "--model.init_args.batch_size=16",
     "--model.init_args.sampling.max_new_tokens=8",
     "--model.init_args.optimizer.init_args.lr=1e-2",  # so that in two iterations every clip is reached
 ]
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The laboratory's modules by name."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name)
 
 
 @pytest.fixture(scope="module")

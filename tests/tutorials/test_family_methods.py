@@ -2,19 +2,19 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lit_rlhf import cli
+from lit_rlhf.generation import Sampling
 from lit_rlhf.quickstart.model import train_tokenizer, write_untrained
 from lit_rlhf.quickstart.run import quiet, sft_texts, stage_command
 from lit_rlhf.quickstart.world import write_data
 
 FOLDER = Path(__file__).parents[2] / "tutorials" / "family"
-NAMES = ("methods", "page")
+SCRIPTS = ("methods", "page")
 SIZES = {
     "sft_train": 64,
     "sft_valid": 8,
@@ -37,18 +37,6 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """The table's modules by name."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name)
-
-
-@pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A quickstart's folder after its first two stages, of few rows."""
     out = tmp_path_factory.mktemp("quickstart")
@@ -65,7 +53,7 @@ def quick(tmp_path_factory):
 def test_every_method_learns_and_is_judged(scripts, quick, tmp_path):
     """Weights move, every number is finite and of one post each, and KL to SFT is 0 for SFT alone."""
     methods = scripts["methods"]
-    judge = methods.Judge(quick, 0)
+    judge = methods.Judge(quick, Sampling(max_new_tokens=24, temperature=0.7), 0)
     for method in methods.METHODS:
         more = SHORT * (method.name not in ("sft", "best-of-n")) + SMALL.get(method.name, [])
         if method.name in ("dpo", "ilql"):

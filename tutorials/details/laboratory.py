@@ -27,12 +27,10 @@ from variants import VARIANTS, Variant
 
 from lit_rlhf import cli
 from lit_rlhf.callbacks import ExportHF
-from lit_rlhf.data.text import format_tldr
 from lit_rlhf.generation import Sampling
 from lit_rlhf.networks import CausalPolicy, ScalarModel
-from lit_rlhf.quickstart.evaluate import summarise
+from lit_rlhf.quickstart.evaluate import Judge
 from lit_rlhf.quickstart.run import quiet, settings, stage_command
-from lit_rlhf.scoring import ModelScorer
 
 # Without what does not change the policy, and without the watch that ends a run whose policy has collapsed: the end is to be seen.
 PLAIN = [
@@ -91,19 +89,9 @@ def write_fresh(quick: Path, seed: int, folder: Path) -> None:
         ScalarModel.load(str(quick / "init"), head="new").save(folder)
 
 
-class Judge:
-    """What a policy is worth on the held-out posts of one seed's quickstart: the quickstart's own evaluation, the same for all variants."""
-
-    def __init__(self, quick: Path, seed: int) -> None:
-        rows = [json.loads(line) for line in (quick / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-        self.prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
-        self.sft = CausalPolicy.load(str(quick / "sft" / "hf")).eval()
-        self.scorer = ModelScorer(ScalarModel.load(str(quick / "reward" / "hf")).eval())
-        self.sampling, self.seed = Sampling(**settings("ppo")["model"]["init_args"]["sampling"]), seed
-
-    def __call__(self, directory: Path) -> dict[str, Any]:
-        """Per post: gold reward, reward model's score, KL to SFT in nats, length in tokens, text."""
-        return asdict(summarise(directory, self.sft, self.scorer, self.prompts, self.sampling, self.seed))
+def judge_of(quick: Path, seed: int) -> Judge:
+    """The quickstart's own evaluation, the same for all variants, of one seed's quickstart."""
+    return Judge(quick, Sampling(**settings("ppo")["model"]["init_args"]["sampling"]), seed)
 
 
 def measure(variant: Variant, quick: Path, seed: int, work: Path, judge: Judge) -> dict[str, Any]:
@@ -122,7 +110,7 @@ def measure(variant: Variant, quick: Path, seed: int, work: Path, judge: Judge) 
     }
     if variant is variants.DEFAULT:
         found["as_quickstart"] = same_weights(folder, quick / "ppo" / "hf" / "policy")
-    found |= judge(folder)
+    found |= asdict(judge(folder))
     shutil.rmtree(folder)
     return found
 
@@ -169,9 +157,9 @@ def main(argv: list[str] | None = None) -> None:
             if number % parts != part:
                 continue
             quick = args.quickstarts[seed]
-            judge = judges.get(seed) or judges.setdefault(seed, Judge(quick, seed))
+            judge = judges.get(seed) or judges.setdefault(seed, judge_of(quick, seed))
             if not result_file(args.work, "sft", seed).exists():
-                write(result_file(args.work, "sft", seed), {"variant": "sft", "seed": seed} | judge(quick / "sft" / "hf"))
+                write(result_file(args.work, "sft", seed), {"variant": "sft", "seed": seed} | asdict(judge(quick / "sft" / "hf")))
             target = result_file(args.work, variant.name, seed)
             if not target.exists():
                 found = measure(variant, quick, seed, args.work, judge)

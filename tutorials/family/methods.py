@@ -18,21 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf import cli
-from lit_rlhf.batch import Batch
 from lit_rlhf.best_of import candidates
 from lit_rlhf.callbacks import ExportHF
-from lit_rlhf.data.text import format_tldr
-from lit_rlhf.data.tokenise import Encoder
 from lit_rlhf.functional import best_of_n_kl
 from lit_rlhf.generation import Sampling
-from lit_rlhf.networks import CausalPolicy, ScalarModel
-from lit_rlhf.quickstart.evaluate import NOISE, Summaries, judged
+from lit_rlhf.modules import ILQL, NLPO, Quark
+from lit_rlhf.quickstart.evaluate import NOISE, Judge, Summaries
 from lit_rlhf.quickstart.run import quiet, settings, stage_command
 from lit_rlhf.quickstart.world import gold
-from lit_rlhf.scoring import ModelScorer
 
 # Without what does not change the policy.
 PLAIN = ["--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
@@ -63,54 +58,32 @@ TRAINED = [
 METHODS = [SFT, BEST, *TRAINED]
 
 
-class Judge:
-    """What a policy is worth on the held-out posts of one seed's quickstart: the quickstart's own evaluation, the same for all."""
-
-    def __init__(self, quick: Path, seed: int) -> None:
-        rows = [json.loads(line) for line in (quick / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-        self.prompts = [format_tldr(row["subreddit"], row["title"], row["post"]) for row in rows]
-        self.sft = CausalPolicy.load(str(quick / "sft" / "hf")).eval()
-        self.scorer = ModelScorer(ScalarModel.load(str(quick / "reward" / "hf")).eval())
-        self.sampling, self.seed = Sampling(**settings("ppo")["model"]["init_args"]["sampling"]), seed
-
-    def policy(self, policy: Any) -> Summaries:
-        """One sample a post from a policy, or from what samples and gives log-probs as one."""
-        return judged(policy.eval(), self.sft, self.scorer, self.prompts, self.sampling, self.seed)
-
-    def best_of_n(self) -> Summaries:
-        """The reward model's choice of n samples of SFT; their KL is its bound, log n - (n - 1)/n."""
-        encoder = Encoder(self.sft.tokenizer)
-        batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(self.prompts)], columns={"prompt": self.prompts})
-        found = candidates(self.sft, self.scorer, batch, self.sampling, BEST_OF, (self.seed, NOISE))
-        best = found.best
-        texts = [row[k] for row, k in zip(found.texts, best.tolist(), strict=True)]
-        scores, lengths = (x.gather(1, best[:, None]).squeeze(1).tolist() for x in (found.scores, found.lengths))
-        return Summaries(texts, gold(self.prompts, texts), scores, [best_of_n_kl(BEST_OF)] * len(texts), lengths)
-
-    def module(self, name: str, module: Any) -> Summaries:
-        """One sample a post from what a module has learnt, in its own way of sampling."""
-        if name == "nlpo":
-            return self.policy(module.masked)
-        if name == "ilql":
-            with module.network.eval().guided(module.beta, module.top_k) as policy:
-                return self.policy(policy)
-        if name == "quark":
-            return self.quark(module)
-        return self.policy(module.policy)
-
-    def quark(self, module: Any) -> Summaries:
-        """Behind the best quantile's token; the reference reads none."""
-        encoder = Encoder(module.tokenizer)
-        batch = Batch.of([encoder.prompt(ids) for ids in encoder.ids(self.prompts)], columns={"prompt": self.prompts})
-        module.policy.eval()
-        with torch.no_grad():
-            rows = module.predict_step(batch, 0)
-        texts, scores, kl, lengths = ([row[key] for row in rows] for key in ("response", "score", "kl", "length"))
-        return Summaries(texts, gold(self.prompts, texts), scores, kl, lengths)
+def best_of_n(judge: Judge) -> Summaries:
+    """The reward model's choice of n samples of SFT; their KL is its bound, log n - (n - 1)/n."""
+    found = candidates(judge.sft, judge.scorer, judge.batch(), judge.sampling, BEST_OF, (judge.seed, NOISE))
+    best = found.best
+    texts = [row[k] for row, k in zip(found.texts, best.tolist(), strict=True)]
+    scores, lengths = (x.gather(1, best[:, None]).squeeze(1).tolist() for x in (found.scores, found.lengths))
+    return Summaries(texts, gold(judge.prompts, texts), scores, [best_of_n_kl(BEST_OF)] * len(texts), lengths)
 
 
-class Silent(Callback):
-    """Stands where a run has no callbacks left, so that Lightning adds none that print."""
+def learnt(judge: Judge, module: Any) -> Summaries:
+    """One sample a post from what a module has learnt, in its own way of sampling."""
+    if isinstance(module, NLPO):
+        return judge(module.masked)
+    if isinstance(module, ILQL):
+        with module.network.eval().guided(module.beta, module.top_k) as policy:
+            return judge(policy)
+    return quark(judge, module) if isinstance(module, Quark) else judge(module.policy)
+
+
+def quark(judge: Judge, module: Quark) -> Summaries:
+    """Behind the best quantile's token; the reference reads none."""
+    module.policy.eval()
+    with torch.no_grad():
+        rows = module.predict_step(judge.batch(), 0)
+    texts, scores, kl, lengths = ([row[key] for row in rows] for key in ("response", "score", "kl", "length"))
+    return Summaries(texts, gold(judge.prompts, texts), scores, kl, lengths)
 
 
 def train(method: Method, quick: Path, seed: int, work: Path, more: list[str] | None = None) -> Any:
@@ -123,7 +96,7 @@ def train(method: Method, quick: Path, seed: int, work: Path, more: list[str] | 
         write_rewarded(quick / "data")
     folder = [f"--trainer.default_root_dir={work / 'logs'}"]
     run = cli.build(stage_command(method.name, quick, seed, [*PLAIN, *folder, *(more or ())]))
-    run.trainer.callbacks = [c for c in run.trainer.callbacks if not isinstance(c, ExportHF)] or [Silent()]
+    run.trainer.callbacks = [c for c in run.trainer.callbacks if not isinstance(c, ExportHF)]
     run.run()
     return run.model
 
@@ -146,18 +119,19 @@ def write_rewarded(data: Path) -> None:
 def measure(method: Method, quick: Path, seed: int, work: Path, judge: Judge, more: list[str] | None = None) -> dict[str, Any]:
     """Trains one method and judges what it has learnt: a number a post, the responses it sampled while learning, and its seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
+
+    def took() -> dict[str, float]:
+        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
     if method is SFT:
-        found, sampled = judge.policy(judge.sft), 0
+        found, sampled, cost = judge(judge.sft), 0, {"wall": 0.0, "cpu": 0.0}
     elif method is BEST:
-        found, sampled = judge.best_of_n(), BEST_OF * len(judge.prompts)
+        found, sampled, cost = best_of_n(judge), BEST_OF * len(judge.prompts), took()
     else:
         module = train(method, quick, seed, work, more)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu  # of learning alone
-        found, sampled = judge.module(method.name, module), int(getattr(module, "episodes", 0))
-    if method is BEST:
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    took = {"wall": 0.0, "cpu": 0.0} if method is SFT else {"wall": wall, "cpu": cpu}
-    return {"method": method.name, "seed": seed, "sampled": sampled, **took, **asdict(found)}
+        cost = took()  # of learning alone
+        found, sampled = learnt(judge, module), int(getattr(module, "episodes", 0))
+    return {"method": method.name, "seed": seed, "sampled": sampled, **cost, **asdict(found)}
 
 
 def write(path: Path, text: str) -> None:
@@ -181,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     part, parts = map(int, args.part.split("/"))
     judges: dict[int, Judge] = {}
+    sampling = Sampling(**settings("ppo")["model"]["init_args"]["sampling"])
     with quiet():
         wanted = [m for m in METHODS if not args.only or m.name in args.only]
         every = [(method, seed) for seed in args.seeds or range(len(args.quickstarts)) for method in wanted]
@@ -188,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             target = args.work / f"{method.name}.{seed}.json"
             if target.exists():
                 continue
-            judge = judges.get(seed) or judges.setdefault(seed, Judge(args.quickstarts[seed], seed))
+            judge = judges.get(seed) or judges.setdefault(seed, Judge(args.quickstarts[seed], sampling, seed))
             found = measure(method, args.quickstarts[seed], seed, args.work, judge)
             write(target, json.dumps(found) + "\n")
             means = {key: sum(found[key]) / len(found[key]) for key in ("gold", "kl", "scores", "lengths")}
