@@ -20,7 +20,8 @@ class PairwiseDataModule(L.LightningDataModule):
     """Comparisons: each row is one prompt, its responses (each stored and computed once) and the pairs among them.
 
     Rows: prompt + chosen + rejected, with `margin` and `target` (probability that chosen is better) where there; chosen + rejected that
-    share their beginning (HH-RLHF); OpenAI's info + summaries + choice; ratings: prompt + responses + scores, of which every pair is taken.
+    share their beginning (HH-RLHF); OpenAI's info + summaries + choice; ratings: prompt + responses + scores, of which every pair is taken;
+    prompt + responses + pairs, a list of [preferred, other] as positions from 0, with `target` and `margin` as lists of a number a pair.
 
     Args:
         data: hub name, https URL, file or folder (json, jsonl, csv, parquet, also gzipped; arrow), Dataset, DatasetDict or list of rows.

@@ -240,6 +240,30 @@ def _ratings(row: Fields) -> Example:
     return row.example(row.text_or_messages("prompt"), responses, pairs=pairs, target=target, reference=plain(responses[best]))
 
 
+def _labelled(row: Fields) -> Example:
+    """Several responses to one prompt and the pairs of them that were compared, the preferred one first; targets and margins a pair."""
+    texts, pairs = row.value("responses"), row.value("pairs")
+    if not isinstance(texts, list) or not isinstance(pairs, list) or not pairs:
+        raise row.bad("not pairs", 'needs a list of "responses" and at least one pair of them in "pairs"')
+    check = [row.check_messages if isinstance(text, list) else row.check_text for text in texts]
+    responses: list[Text] = [check[i](text, f"responses[{i}]") for i, text in enumerate(texts)]
+    for q, pair in enumerate(pairs):
+        known = isinstance(pair, list | tuple) and [i for i in pair if type(i) is int and 0 <= i < len(texts)]
+        if not known or len(pair) != 2 or len({*known}) != 2:
+            raise row.bad("not pairs", f"pairs[{q}] is {_short(pair)}, not two positions of {len(texts)} responses (from 0)")
+    soft: dict[str, Any] = {}
+    for name in ("target", "margin"):
+        values = row.value(name) if name in row else None
+        if values is not None and (not isinstance(values, list) or len(values) != len(pairs)):
+            raise row.bad("not pairs", f'field "{name}" is {_short(values)}, not one number a pair ({len(pairs)})')
+        soft[name] = values and [row.check_number(value, f"{name}[{q}]") for q, value in enumerate(values)]
+    if odd := [value for value in soft["target"] or [] if not 0 <= value <= 1]:
+        raise row.bad("not a probability", f'field "target" has {odd[0]:g}, not between 0 and 1')
+    return row.example(
+        row.text_or_messages("prompt"), responses, pairs=[(i, j) for i, j in pairs], reference=plain(responses[pairs[0][0]]), **soft
+    )
+
+
 LABELS = ("label", "completion", "summary", "response")
 
 
@@ -261,13 +285,14 @@ class Schema:
 
 COMPARISON = Schema(("info", "summaries", "choice"), _comparison)
 RATINGS = Schema(("prompt", "responses", "scores"), _ratings)
+LABELLED = Schema(("prompt", "responses", "pairs"), _labelled)
 PAIR = Schema(("prompt", "chosen", "rejected"), _pair)
 SHARED = Schema(("chosen", "rejected"), _shared)
 MESSAGES = Schema(("messages",), _messages)
 TLDR = Schema(("subreddit", "title", "post", "summary"), _tldr)
 LABEL = Schema(("prompt", LABELS), _prompt_label)
 SFT_SCHEMAS = (LABEL, MESSAGES, TLDR)
-PAIR_SCHEMAS = (COMPARISON, RATINGS, PAIR, SHARED)
+PAIR_SCHEMAS = (COMPARISON, RATINGS, LABELLED, PAIR, SHARED)
 PROMPT_SCHEMAS = (
     *PAIR_SCHEMAS,
     LABEL,

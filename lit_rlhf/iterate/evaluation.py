@@ -8,6 +8,7 @@ import torch
 
 from lit_rlhf.functional import grouped_mean, grouped_share, k1
 from lit_rlhf.functional.statistics import Estimate
+from lit_rlhf.iterate.fits import rewarded
 from lit_rlhf.iterate.rounds import Round, Row, read_rows
 from lit_rlhf.networks import CausalPolicy
 from lit_rlhf.rollout import Actors, collect, score_texts
@@ -40,7 +41,7 @@ def tested(now: Round) -> list[Row]:
 
 
 @torch.no_grad()
-def measure(run: Any, where: str, sft: CausalPolicy, reward: str, gold: Any, key: Sequence[int]) -> dict[str, list[float]]:
+def measure(run: Any, where: str, sft: CausalPolicy, reward: Any, gold: Any, key: Sequence[int]) -> dict[str, list[float]]:
     """One response of the policy in `where` to each validation prompt: score, gold (where there is one), KL from SFT in nats, length."""
     module, device = run.model, run.trainer.strategy.root_device
     policy = CausalPolicy.load(where, tokenizer=module.tokenizer, **module.loading, **module.source).eval().to(device)
@@ -79,7 +80,8 @@ def evaluate(run: Any, now: Round, options: Any) -> dict[str, Any]:
         sft = CausalPolicy.load(options.sft, tokenizer=module.tokenizer, **module.loading, **module.source).eval().to(device)
         policies = {"SFT": options.sft, "PPO": str(now.ppo / "hf" / "policy")}
         key = (options.seed,)
-        found["policies"] = {name: measure(run, where, sft, rewards[0], options.gold, key) for name, where in policies.items()}
+        reward = rewarded(options, now)
+        found["policies"] = {name: measure(run, where, sft, reward, options.gold, key) for name, where in policies.items()}
     return found
 
 
@@ -90,7 +92,7 @@ class Gain:
     kl: Estimate
     length: Estimate
     score: Estimate
-    """PPO's minus SFT's, by the round's own reward model."""
+    """PPO's minus SFT's, by what PPO learnt from."""
     gold: Estimate | None
     sft_gold: Estimate | None
     gold_gain: Estimate | None

@@ -11,6 +11,7 @@ from lit_rlhf import cli
 from lit_rlhf.callbacks import ExportHF
 from lit_rlhf.iterate.rounds import Round, write_json
 from lit_rlhf.modules import PPO, PairwiseReward
+from lit_rlhf.rewards import RewardEnsemble
 
 DONE = "done.json"
 REWARD_STEPS = 200  # between two checkpoints of a reward model
@@ -34,9 +35,23 @@ def reward_command(options: Any, now: Round, member: int) -> list[str]:
 
 
 def ppo_command(options: Any, now: Round) -> list[str]:
-    """PPO from SFT against the round's first reward model."""
-    own = [f"--model.model={options.sft}", f"--model.reward_model={now.reward(0) / 'hf'}"]
+    """PPO from SFT against the round's reward model, or against the mean of several less their spread."""
+    reward = rewarded(options, now)
+    own = [f"--model.model={options.sft}", f"--model.reward_model={reward if isinstance(reward, str) else 'null'}"]
+    if isinstance(reward, RewardEnsemble):
+        chosen = cli.build(sampling_command(options)).model  # with a reward_fn, PPO takes neither of these two from a reward model
+        start = reward.models[0] if chosen.value_init == "reward" else chosen.value_init
+        own += [f"--model.value_init={start}", f"--model.no_eos_score={json.dumps(chosen.shaping.no_eos_score)}"]
+        made = {"models": reward.models, "spread_coef": reward.spread_coef}
+        own += [f"--model.reward_fn={json.dumps({'class_path': 'lit_rlhf.rewards.RewardEnsemble', 'init_args': made})}"]
+        own += ["--trainer.callbacks+=lit_rlhf.callbacks.RewardParts"]
     return ["fit", *given(options.ppo), *own, *_fixed(now.ppo, seed_of(options.seed, now.number, 0))]
+
+
+def rewarded(options: Any, now: Round) -> str | RewardEnsemble:
+    """What the round's PPO learns from: a reward model's directory, or an ensemble of them."""
+    models = [str(now.reward(member) / "hf") for member in range(options.members)]
+    return models[0] if len(models) == 1 else RewardEnsemble(models, options.spread_coef)
 
 
 def sampling_command(options: Any) -> list[str]:

@@ -110,28 +110,38 @@ def _replace(path: Path, text: str) -> None:
 
 
 def write_comparisons(now: Round, earlier: Sequence[Row]) -> tuple[int, int]:
-    """Writes all labels so far for this round's reward models, after `earlier` ones; how many train and how many are held out.
+    """Writes all labels so far for this round's reward models, after `earlier` rows; how many pairs train and how many are held out.
 
-    Raises ValueError where there is none to train on.
+    A round's labels of one prompt are one row, so that each response is computed once. Raises ValueError where there is none to train on.
     """
-    parts: dict[bool, list[Row]] = {False: list(earlier), True: []}
+    rows, held_out = list(earlier), list[Row]()
     for known in now.so_far:
-        for row in read_rows(known.labels):
-            if row["preferred"] is not None:
-                policies = "--".join(sorted(row["policies"]))
-                made = comparison(
-                    row["prompt"], row["first"], row["second"], row["preferred"], policies=policies, round=known.number, id=row["id"]
-                )
-                parts[row["held_out"]].append(made)
-    if not parts[False]:
+        labels = [row for row in read_rows(known.labels) if row["preferred"] is not None]
+        rows += by_prompt([row for row in labels if not row["held_out"]], known.number)
+        for row in (row for row in labels if row["held_out"]):
+            named = {"policies": "--".join(sorted(row["policies"])), "round": known.number, "id": row["id"]}
+            held_out.append(comparison(row["prompt"], row["first"], row["second"], row["preferred"], **named))
+    if not rows:
         raise ValueError(f"{now.labels}: no pair of it or of an earlier round has a label to train on; label more pairs")
-    write_rows(now.comparisons, parts[False])
-    write_rows(now.held_out, parts[True])
-    return len(parts[False]), len(parts[True])
+    write_rows(now.comparisons, rows)
+    write_rows(now.held_out, held_out)
+    return sum(len(row["pairs"]) for row in rows), len(held_out)
+
+
+def by_prompt(labels: Sequence[Row], number: int) -> list[Row]:
+    """A round's labelled pairs, one row a prompt: its responses, and the pairs of them, the likelier one first, with their targets."""
+    rows: dict[str, Row] = {}
+    for label in labels:
+        made = rows.setdefault(label["prompt"], {"prompt": label["prompt"], "responses": [], "pairs": [], "target": [], "round": number})
+        likelier, other = (label["first"], label["second"]) if label["preferred"] >= 0.5 else (label["second"], label["first"])
+        made["responses"] += [text for text in (likelier, other) if text not in made["responses"]]
+        made["pairs"].append([made["responses"].index(likelier), made["responses"].index(other)])
+        made["target"].append(max(label["preferred"], 1 - label["preferred"]))
+    return list(rows.values())
 
 
 def earlier_comparisons(path: str | None) -> list[Row]:
-    """The pairs of a file of comparisons in any form that a PairwiseDataModule knows; [] for None. Raises the first bad row's error."""
+    """The rows of a file of comparisons in any form that a PairwiseDataModule knows; [] for None. Raises the first bad row's error."""
     if path is None:
         return []
     rows: list[Row] = []
@@ -139,8 +149,6 @@ def earlier_comparisons(path: str | None) -> list[Row]:
     for found in examples(part.rows(), path, PAIR_SCHEMAS):
         if not isinstance(found, Example):
             raise found
-        for number, (i, j) in enumerate(found.pairs):
-            target = 1.0 if found.target is None else found.target[number]
-            rows.append(comparison(found.prompt, found.responses[i], found.responses[j], target, policies="earlier", round=0))
-            rows[-1] |= {} if found.margin is None else {"margin": found.margin[number]}
+        row = {"prompt": found.prompt, "responses": found.responses, "pairs": found.pairs, "round": 0}
+        rows.append(row | {"target": found.target or [1.0] * len(found.pairs)} | ({} if found.margin is None else {"margin": found.margin}))
     return rows

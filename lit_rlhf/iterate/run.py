@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--held_out", type=float, default=0.2, help="share of the prompts whose pair no reward model learns from (%(default)s)"
     )
-    parser.add_argument("--members", type=int, default=1, help="reward models fitted in a round; PPO learns from the first (%(default)s)")
+    parser.add_argument("--members", type=int, default=1, help="reward models fitted in a round (%(default)s)")
+    parser.add_argument(
+        "--spread_coef", type=float, default=1.0, help="of several: PPO's score is their mean less this many spreads (%(default)s)"
+    )
     parser.add_argument("--choose", choices=["random", "disputed"], default="random",
                         help="pairs at random, or from round 2 those that the round before's members disagree about most")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
@@ -99,6 +102,8 @@ def check(options: Any) -> None:
         raise ValueError("--care goes with --gold, and must be above 0")
     if options.pairs is not None and options.pairs < 1:
         raise ValueError(f"--pairs must be at least 1, got {options.pairs}")
+    if options.spread_coef < 0:
+        raise ValueError(f"--spread_coef must be 0 or more, got {options.spread_coef}")
     if options.choose == "disputed" and options.members < 2:
         raise ValueError("--choose disputed asks where reward models disagree: give --members 2 or more")
     asked = {name: str(value) for name, value in sorted(vars(options).items()) if name not in MAY_CHANGE}

@@ -106,6 +106,15 @@ def test_ratings():
     assert found.reference == "b"
 
 
+def test_labelled_pairs_of_several_responses():
+    row = {"prompt": "Q", "responses": ["a", "b", "c"], "pairs": [[1, 0], [2, 1]], "target": [1, 0.75], "margin": [2, "0.5"]}
+    found = parse(row, PAIR_SCHEMAS)
+    assert (found.responses, found.pairs) == (["a", "b", "c"], [(1, 0), (2, 1)])
+    assert (found.target, found.margin, found.reference) == ([1.0, 0.75], [2.0, 0.5], "b")
+    hard = parse({name: row[name] for name in ("prompt", "responses", "pairs")}, PAIR_SCHEMAS)
+    assert hard.target is None and hard.margin is None
+
+
 def test_prompts_from_any_rows():
     assert parse({"prompt": "Q"}, PROMPT_SCHEMAS).prompt == "Q"
     assert parse({"prompt": [USER]}, PROMPT_SCHEMAS).prompt == [USER]

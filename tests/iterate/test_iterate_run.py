@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from lit_rlhf import cli
 from lit_rlhf.iterate import fits, run, sampling
-from lit_rlhf.iterate.rounds import read_rows
+from lit_rlhf.iterate.rounds import Round, read_rows
 from lit_rlhf.modules import PPO, PairwiseReward
 
 TRAINER = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false", "num_sanity_val_steps=0"]
@@ -56,13 +58,17 @@ def test_two_rounds(command, capsys, tokenizer):
         margin = vowels(row["first"]) - vowels(row["second"])
         assert row["preferred"] == (0.5 if margin == 0 else float(margin > 0))
     assert sum(row["held_out"] for row in labels) == 4  # a fifth of the prompts
-    assert len(read_rows(Path("out/round-2/comparisons.jsonl"))) == 16 and len(read_rows(Path("out/round-2/held_out.jsonl"))) == 4
+    assert (
+        sum(len(row["pairs"]) for row in read_rows(Path("out/round-2/comparisons.jsonl"))) == 16
+        and len(read_rows(Path("out/round-2/held_out.jsonl"))) == 4
+    )
     held = {row["prompt"] for row in labels if row["held_out"]}
     assert not held & {row["prompt"] for row in labels if not row["held_out"]}
     report = json.loads(Path("out/report.json").read_text())
     assert [one["labels"]["answered"] for one in report["rounds"]] == [10, 10]
     assert "PPO by round" in Path("out/report.html").read_text()
     check_accuracy_and_choice_by_transformers_alone(tokenizer)
+    check_what_ppo_learns_from(tokenizer)
 
 
 def score(where: str, prompt: str, response: str, tokenizer) -> float:
@@ -98,6 +104,31 @@ def check_accuracy_and_choice_by_transformers_alone(tokenizer):
     chosen = [r for r in read_rows(Path("out/round-2/pairs.jsonl")) if not r["held_out"]]
     found = [spreads[r["prompt"], *sorted((r["first"], r["second"]))] for r in chosen]
     assert found == pytest.approx(sorted(spreads.values(), reverse=True)[:8], abs=1e-5) and found[0] > 2 * min(spreads.values())
+
+
+def check_what_ppo_learns_from(tokenizer):
+    """Both members: the mean of their scores, each about the mean of its preferred responses, less their standard deviation."""
+    ppo = cli.build(fits.read_done(Path("out/round-2/ppo"))["args"]).model
+    members = [f"out/round-2/reward-{m}/hf" for m in (0, 1)]
+    assert ppo.reward_model is None and ppo.value_init == members[0] and ppo.shaping.no_eos_score == -1.0
+    means = [AutoModelForSequenceClassification.from_pretrained(m).config.reward_mean for m in members]
+    prompts, responses = ["the cat and sat", "the hat and mat"], [" hat ran", " rat"]
+    found = ppo.reward_fn(prompts, responses)
+    for prompt, response, value in zip(prompts, responses, found, strict=True):
+        one, other = (score(m, prompt, response, tokenizer) - mean for m, mean in zip(members, means, strict=True))
+        assert abs(one - other) > 1e-4 and value == pytest.approx((one + other) / 2 - abs(one - other) / 2, abs=1e-4)
+
+
+def test_an_ensemble_leaves_ppo_s_own_choices(command):
+    """value_init and no_eos_score, where PPO's settings name them, are those of its run."""
+    settings = [word for word in command if word != "model=PPO"]
+    settings[settings.index("--ppo") + 1 : settings.index("--ppo") + 1] = ["model=PPO", "model.value_init=sft", "model.no_eos_score=-3"]
+    options = run._parser().parse_args([*settings, "--out=out"])
+    now = Round(options.out, 1)
+    for member in (0, 1):
+        shutil.copytree(options.sft, now.reward(member) / "hf")
+    ppo = cli.build(fits.ppo_command(options, now)).model
+    assert type(ppo.reward_fn).__name__ == "RewardEnsemble" and ppo.value_init == "sft" and ppo.shaping.no_eos_score == -3.0
 
 
 def broken(monkeypatch, owner, name: str, at: int):
@@ -169,8 +200,9 @@ def test_people_label(command, capsys):
     Path("out/round-1/labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in filled))
     assert run.main(args) == 0
     kept = read_rows(Path("out/round-1/comparisons.jsonl"))
-    seconds = {row["id"]: row["second"] for row in rows}
-    assert all(row["chosen"] == seconds[row["id"]] and row["target"] == 1 for row in kept) and len(kept) == 8
+    seconds = [row["second"] for row in rows]
+    chosen = [row["responses"][i] for row in kept for i, _ in row["pairs"]]
+    assert len(chosen) == 8 and set(chosen) <= set(seconds) and all(row["target"] == [1.0] * len(row["pairs"]) for row in kept)
     report = json.loads(Path("out/report.json").read_text())
     assert report["rounds"][0]["gain"]["gold"] is None and report["rounds"][0]["gain"]["score"] is not None
 
@@ -182,6 +214,7 @@ def test_people_label(command, capsys):
         (["--prompts=21"], "--prompts is 21, but the data of --ppo has 20 prompts"),
         (["--held_out=1"], "--held_out is 1.0 of 10 prompts"),
         (["--members=1"], "--choose disputed asks where reward models disagree: give --members 2"),
+        (["--spread_coef=-1"], "--spread_coef must be 0 or more, got -1.0"),
         (["--care=0"], "--care goes with --gold, and must be above 0"),
         (["--rounds=0"], "--rounds must be at least 1"),
         (["--gold=iterate_gold.none"], "the module iterate_gold has no 'none'"),

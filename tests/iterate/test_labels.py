@@ -102,12 +102,23 @@ def test_nobody_answered(tmp_path):
 def test_all_labels_so_far_become_comparisons(tmp_path):
     one, two = Round(tmp_path, 1), Round(tmp_path, 2)
     write_rows(one.labels, [PAIRS[0] | {"preferred": 1.0}, PAIRS[1] | {"preferred": 0.25}, PAIRS[2] | {"preferred": None}])
-    write_rows(two.labels, [pair(0, "x", "y", id="2-0", preferred=0.5), pair(1, "u", "v", id="2-1", preferred=0.0, held_out=True)])
+    write_rows(
+        two.labels,
+        [
+            pair(0, "x", "y", id="2-0", preferred=0.5),
+            pair(0, "aaa", "x", id="2-1", preferred=0.0),
+            pair(1, "u", "v", id="2-2", preferred=0.0, held_out=True),
+        ],
+    )
     (tmp_path / "old.jsonl").write_text(json.dumps({"prompt": "o", "responses": ["l", "m", "n"], "scores": [2, 1, 2]}) + "\n")
-    assert write_comparisons(two, earlier_comparisons(str(tmp_path / "old.jsonl"))) == (6, 1)
-    # a ranking l = n > m is three pairs, the tie with target 0.5; then 0.25 for the first is 0.75 for the second
-    kept = [(r["chosen"], r["rejected"], r["target"], r["round"]) for r in read_rows(two.comparisons)]
-    assert kept == [("l", "m", 1, 0), ("l", "n", 0.5, 0), ("n", "m", 1, 0), ("aaa", "b", 1, 1), ("dd", "c", 0.75, 1), ("x", "y", 0.5, 2)]
+    assert write_comparisons(two, earlier_comparisons(str(tmp_path / "old.jsonl"))) == (7, 1)
+    # a ranking l = n > m is three pairs, the tie with target 0.5; 0.25 for the first is 0.75 for the second; a prompt's responses stand once
+    assert read_rows(two.comparisons) == [
+        {"prompt": "o", "responses": ["l", "m", "n"], "pairs": [[0, 1], [0, 2], [2, 1]], "target": [1.0, 0.5, 1.0], "round": 0},
+        {"prompt": "p 0", "responses": ["aaa", "b"], "pairs": [[0, 1]], "target": [1.0], "round": 1},
+        {"prompt": "p 1", "responses": ["dd", "c"], "pairs": [[0, 1]], "target": [0.75], "round": 1},
+        {"prompt": "p 0", "responses": ["x", "y", "aaa"], "pairs": [[0, 1], [0, 2]], "target": [0.5, 1.0], "round": 2},
+    ]
     assert [(r["chosen"], r["rejected"], r["target"], r["policies"]) for r in read_rows(two.held_out)] == [("v", "u", 1, "current--sft")]
 
 

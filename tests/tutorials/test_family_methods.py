@@ -33,6 +33,7 @@ SMALL = {
     "nlpo": ["--model.init_args.batch_size=16"],
     "quark": ["--model.init_args.num_prompts=8", "--model.init_args.minibatches=2", "--model.init_args.minibatch_size=8"],
     "ilql": [],
+    "iterate": ["--model.init_args.batch_size=16", "--rounds=2", "--prompts=10", "--responses=2", "--pairs=8"],
 }
 
 
@@ -67,6 +68,7 @@ def test_every_method_learns_and_is_judged(scripts, quick, tmp_path):
     assert [row["method"] for row in rows] == [method.name for method in methods.METHODS]
     sampled = {row["method"]: row["sampled"] for row in rows}
     assert sampled["best-of-n"] == 16 * SIZES["held_out"] and sampled["rft"] == 16 * 16 and sampled["ppo"] == 16 and sampled["dpo"] == 0
+    assert sampled["iterate"] == (16 + 10 * 2) + (16 + 10 * 2 * 2)  # PPO's, and two a prompt of SFT; from round 2 of the current policy too
     assert scripts["page"].report(rows).write(tmp_path / "page").is_file()
 
 
@@ -89,6 +91,9 @@ def test_the_verdict_names_what_does_not_beat_sft(scripts):
     """0.2 at 0.05 is 4 errors above SFT, 0.05 at 0.05 is one; what has not been run is named."""
     rows = [row("sft", 0, 0.0, 1.0), row("ppo", 0, 0.2, 0.05), row("dpo", 0, 0.05, 0.05)]
     said = scripts["page"].verdict(rows)
-    assert "standard errors: PPO. Not: DPO (+0.05 ± 0.05)." in said and "Not run yet: best of 16, RFT, RLOO, NLPO, Quark, ILQL." in said
+    assert (
+        "standard errors: PPO. Not: DPO (+0.05 ± 0.05)." in said
+        and "Not run yet: best of 16, RFT, RLOO, NLPO, Quark, ILQL, iterated RLHF." in said
+    )
     table = scripts["page"].table(rows)
     assert "| PPO | reward model | 1 | 3.20 | +0.20 ± 0.05 (4.0; by seed 4.0) | 1.00 |" in table

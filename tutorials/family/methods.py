@@ -11,8 +11,10 @@ import argparse
 import json
 import logging
 import os
+import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,19 @@ from lit_rlhf.best_of import candidates
 from lit_rlhf.callbacks import ExportHF
 from lit_rlhf.functional import best_of_n_kl
 from lit_rlhf.generation import Sampling
+from lit_rlhf.iterate import run
+from lit_rlhf.iterate.fits import read_done
+from lit_rlhf.iterate.rounds import Round, read_rows
 from lit_rlhf.modules import ILQL, NLPO, Quark
 from lit_rlhf.quickstart.evaluate import NOISE, Judge, Summaries
 from lit_rlhf.quickstart.run import quiet, settings, stage_command
-from lit_rlhf.quickstart.world import gold
+from lit_rlhf.quickstart.world import CARE, gold
 
 # Without what does not change the policy.
 PLAIN = ["--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
 REWARDED = "rewarded_{part}.jsonl"
 BEST_OF = 16
+ROUNDS = ["--rounds=3", "--prompts=1024", "--responses=4", "--pairs=2400"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ TRAINED = [
     Method("quark", "Quark", "reward model"),
     Method("ilql", "ILQL", "people's scores of rankings"),
 ]
-METHODS = [SFT, BEST, *TRAINED]
+ITERATED = Method("iterate", "iterated RLHF", "labels of its own responses, round after round")
+METHODS = [SFT, BEST, *TRAINED, ITERATED]
 
 
 def best_of_n(judge: Judge) -> Summaries:
@@ -95,10 +102,32 @@ def train(method: Method, quick: Path, seed: int, work: Path, more: list[str] | 
     if method.name == "ilql":
         write_rewarded(quick / "data")
     folder = [f"--trainer.default_root_dir={work / 'logs'}"]
-    run = cli.build(stage_command(method.name, quick, seed, [*PLAIN, *folder, *(more or ())]))
-    run.trainer.callbacks = [c for c in run.trainer.callbacks if not isinstance(c, ExportHF)]
-    run.run()
-    return run.model
+    fit = cli.build(stage_command(method.name, quick, seed, [*PLAIN, *folder, *(more or ())]))
+    fit.trainer.callbacks = [c for c in fit.trainer.callbacks if not isinstance(c, ExportHF)]
+    fit.run()
+    return fit.model
+
+
+def iterate(quick: Path, seed: int, out: Path, more: Sequence[str]) -> tuple[Path, int]:
+    """Rounds of `lit-rlhf iterate` after the quickstart's own labels; the last round's policy and the responses sampled in all of them."""
+    stages = []
+    for stage in ("reward", "ppo"):
+        own = [word for word in more if word.startswith(("--trainer.", "--model.", "--data.")) and stage == "ppo"]
+        file, *moved = stage_command(stage, quick, seed, [PLAIN[0], *own])[2:]
+        stages += [f"--{stage}", file, *(word.removeprefix("--") for word in moved if not word.startswith("--seed"))]
+    known = [f"--comparisons={quick / 'data' / 'comparisons_train.jsonl'}", f"--sft={quick / 'sft' / 'hf'}", f"--seed={seed}"]
+    label = ["--gold=lit_rlhf.quickstart.world.gold", f"--care={CARE}"]
+    rest = [word for word in more if not word.startswith(("--trainer.", "--model.", "--data."))]
+    if code := run.main([*stages, *known, *label, *ROUNDS, f"--out={out}", *rest]):
+        raise RuntimeError(f"lit-rlhf iterate ended with code {code}; its output says why")
+    sampled, last = 0, Round(out, len(list(out.glob("round-*"))))
+    each = int(json.loads((out / "iterate.json").read_text(encoding="utf-8"))["responses"])
+    for now in last.so_far:
+        ppo = cli.build(read_done(now.ppo)["args"])
+        sampled += ppo.model.batch_size * (ppo.trainer.max_epochs or 0)
+        rows = read_rows(now.responses)
+        sampled += each * len(rows) * len({policy for row in rows for policy, _ in row["responses"]} - {"reference"})
+    return last.ppo / "hf" / "policy", sampled
 
 
 def write_rewarded(data: Path) -> None:
@@ -118,20 +147,28 @@ def write_rewarded(data: Path) -> None:
 
 def measure(method: Method, quick: Path, seed: int, work: Path, judge: Judge, more: list[str] | None = None) -> dict[str, Any]:
     """Trains one method and judges what it has learnt: a number a post, the responses it sampled while learning, and its seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), processor_seconds()
 
     def took() -> dict[str, float]:
-        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        return {"wall": time.perf_counter() - wall, "cpu": processor_seconds() - cpu}
 
     if method is SFT:
         found, sampled, cost = judge(judge.sft), 0, {"wall": 0.0, "cpu": 0.0}
     elif method is BEST:
         found, sampled, cost = best_of_n(judge), BEST_OF * len(judge.prompts), took()
+    elif method is ITERATED:
+        policy, sampled = iterate(quick, seed, work / f"iterate-{seed}", more or ())
+        cost, found = took(), judge(policy)
     else:
         module = train(method, quick, seed, work, more)
         cost = took()  # of learning alone
         found, sampled = learnt(judge, module), int(getattr(module, "episodes", 0))
     return {"method": method.name, "seed": seed, "sampled": sampled, **cost, **asdict(found)}
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def write(path: Path, text: str) -> None:
@@ -150,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="0/1")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of iterate's fits, which are processes of their own
     args.work.mkdir(parents=True, exist_ok=True)
     cli.quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -99,17 +99,16 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def scatter(rows: Sequence[dict[str, Any]]) -> Plot:
-    """Gold against sqrt(KL): a point a method, the mean over seeds with its interval, and its name."""
+    """Gold over SFT's against sqrt(KL): a point a method, the mean over seeds with its interval, and its name."""
     series = []
     for method, part in groups(rows):
         if method is SFT:
             continue
-        gold, kl = over_seeds([row["gold"] for row in part]), fmean(row["kl"] for row in part)
-        hint = f"{method.label}: gold {shown(gold)} at {kl:.2f} nats"
-        low, high = (gold.low, gold.high) if gold.error else (gold.mean, gold.mean)
-        series.append(Series(method.label, [max(kl, 0.0) ** 0.5], [gold.mean], [low], [high], "points", [hint], labels=[method.label]))
-    sft = fmean(row["gold"] for row in rows if row["method"] == SFT.name)
-    return Plot("Gold reward against KL", "sqrt(KL to SFT) (nats^½)", "gold reward", series, levels={"SFT": sft}, x_range=(0, 0))
+        gold, kl = gain(part), fmean(row["kl"] for row in part)
+        hint = f"{method.label}: {gold.mean:+.2f} ± {gold.error:.2f} at {kl:.2f} nats"
+        point = [max(kl, 0.0) ** 0.5], [gold.mean], [gold.low], [gold.high]
+        series.append(Series(method.label, *point, "points", [hint], labels=[method.label]))
+    return Plot("Gold reward over SFT's, against KL", "sqrt(KL to SFT) (nats^½)", "gold − SFT", series, levels={"SFT": 0.0}, x_range=(0, 0))
 
 
 def report(rows: Sequence[dict[str, Any]]) -> Report:
