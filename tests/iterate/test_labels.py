@@ -112,7 +112,7 @@ def test_all_labels_so_far_become_comparisons(tmp_path):
     )
     (tmp_path / "old.jsonl").write_text(json.dumps({"prompt": "o", "responses": ["l", "m", "n"], "scores": [2, 1, 2]}) + "\n")
     assert write_comparisons(two, earlier_comparisons(str(tmp_path / "old.jsonl"))) == (7, 1)
-    # a ranking l = n > m is three pairs, the tie with target 0.5; 0.25 for the first is 0.75 for the second; a prompt's responses stand once
+    # a ranking l = n > m is three pairs, the tie with target 0.5; 0.25 for the first is 0.75 for the second
     assert read_rows(two.comparisons) == [
         {"prompt": "o", "responses": ["l", "m", "n"], "pairs": [[0, 1], [0, 2], [2, 1]], "target": [1.0, 0.5, 1.0], "round": 0},
         {"prompt": "p 0", "responses": ["aaa", "b"], "pairs": [[0, 1]], "target": [1.0], "round": 1},

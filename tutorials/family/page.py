@@ -63,6 +63,11 @@ def shown(value: Estimate, digits: int = 2) -> str:
     return f"{value.mean:.{digits}f}" + (f" ± {value.error:.{digits}f}" if value.error else "")
 
 
+def errors(difference: float, error: float) -> str:
+    """How many standard errors a difference is; a dash where no post has another gold reward than SFT's."""
+    return f"{difference / error:.1f}" if error else "–"
+
+
 def cells(method: Method, part: Sequence[dict[str, Any]]) -> list[str]:
     """One line of the table."""
     over = {key: over_seeds([row[key] for row in part]) for key in ("gold", "kl", "score", "length", "sampled", "cpu", "wall")}
@@ -71,8 +76,8 @@ def cells(method: Method, part: Sequence[dict[str, Any]]) -> list[str]:
         made.append("")
     else:
         found = gain(part)
-        each = ", ".join(f"{row['difference'] / row['difference_error']:.1f}" for row in part)
-        made.append(f"{found.mean:+.2f} ± {found.error:.2f} ({found.mean / found.error:.1f}; by seed {each})")
+        each = ", ".join(errors(row["difference"], row["difference_error"]) for row in part)
+        made.append(f"{found.mean:+.2f} ± {found.error:.2f} ({errors(found.mean, found.error)}; by seed {each})")
     kl = "0" if method is SFT else shown(over["kl"]) + (" (bound)" if method is BEST else "")
     made += [kl, shown(over["score"]), f"{over['length'].mean:.1f}", f"{over['sampled'].mean:,.0f}"]
     return made + ([f"{over[key].mean:.0f}" for key in ("cpu", "wall")] if method is not SFT else ["", ""])
