@@ -183,11 +183,18 @@ def _series(series: Series, colour: int, at: At) -> list[Mark]:
 
 
 def _labels(series: Series, points: Sequence[Point]) -> list[Mark]:
-    """Each point's words at its right, or at its left where the canvas ends before."""
-    marks = []
+    """Each point's words at its right; at its left where the canvas ends before, or where an earlier point's words stand."""
+    marks, taken = list[Mark](), list[tuple[float, float, float]]()
     for (x, y), text in zip(points, series.labels or (), strict=False):
-        fits = x + 6 + _width(text) <= WIDTH
-        marks += [Mark("text", "tick halo", ((x + 6 if fits else x - 6, y + 3.5),), text, "start" if fits else "end")] if text else []
+        if not text:
+            continue
+        wide = _width(text)
+        sides = [(x + 6, x + 6 + wide, "start"), (x - 6 - wide, x - 6, "end")]
+        inside = [side for side in sides if side[0] >= 0 and side[1] <= WIDTH] or sides[1:]
+        free = [side for side in inside if not any(abs(y - h) < TICK_SIZE and side[0] < end and begin < side[1] for begin, end, h in taken)]
+        begin, end, anchor = (free or inside)[0]
+        taken.append((begin, end, y))
+        marks.append(Mark("text", "tick halo", ((begin if anchor == "start" else end, y + 3.5),), text, anchor))
     return marks
 
 

@@ -155,3 +155,10 @@ def test_labels_stand_beside_their_points_and_within_the_canvas():
     assert found["ten signs."] == ((dots[2][0] - 6, dots[2][1] + 3.5), "end")
     with pytest.raises(ValueError, match="1 labels for 2 y"):
         Series("a", [0, 1], [0.0, 1.0], kind="points", labels=["one"])
+
+
+def test_a_label_makes_way_for_an_earlier_one():
+    """Two points 2 pixels apart at one height: the second's words stand at its left; one far above keeps its right."""
+    series = Series("a", [0, 1, 1.01, 1.01, 2], [1.0, 1.0, 1.0, 3.0, 3.0], kind="points", labels=["", "first", "second", "third", ""])
+    marks = draw(Plot("t", "x", "y", [series])).marks
+    assert {mark.text: mark.anchor for mark in marks if mark.style == "tick halo"} == {"first": "start", "second": "end", "third": "start"}

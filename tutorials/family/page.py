@@ -105,15 +105,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def scatter(rows: Sequence[dict[str, Any]]) -> Plot:
     """Gold over SFT's against sqrt(KL): a point a method, the mean over seeds with its interval, and its name."""
-    series = []
-    for method, part in groups(rows):
-        if method is SFT:
-            continue
-        gold, kl = gain(part), fmean(row["kl"] for row in part)
-        hint = f"{method.label}: {gold.mean:+.2f} ± {gold.error:.2f} at {kl:.2f} nats"
-        point = [max(kl, 0.0) ** 0.5], [gold.mean], [gold.low], [gold.high]
-        series.append(Series(method.label, *point, "points", [hint], labels=[method.label]))
-    return Plot("Gold reward over SFT's, against KL", "sqrt(KL to SFT) (nats^½)", "gold − SFT", series, levels={"SFT": 0.0}, x_range=(0, 0))
+    found = [(method, fmean(row["kl"] for row in part), gain(part)) for method, part in groups(rows) if method is not SFT]
+    x, y, low, high = [max(kl, 0.0) ** 0.5 for _, kl, _ in found], *zip(*((g.mean, g.low, g.high) for _, _, g in found), strict=True)
+    hints = [f"{method.label}: {gold.mean:+.2f} ± {gold.error:.2f} at {kl:.2f} nats" for method, kl, gold in found]
+    points = Series("", x, y, low, high, "points", hints, labels=[method.label for method, _, _ in found])
+    return Plot("Gold reward over SFT's, against KL", "sqrt(KL to SFT) (nats^½)", "gold − SFT", [points], levels={"SFT": 0.0})
 
 
 def report(rows: Sequence[dict[str, Any]]) -> Report:
