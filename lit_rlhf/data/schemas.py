@@ -259,8 +259,13 @@ def _labelled(row: Fields) -> Example:
         soft[name] = values and [row.check_number(value, f"{name}[{q}]") for q, value in enumerate(values)]
     if odd := [value for value in soft["target"] or [] if not 0 <= value <= 1]:
         raise row.bad("not a probability", f'field "target" has {odd[0]:g}, not between 0 and 1')
+    won = [0.0] * len(texts)
+    for (i, j), target in zip(pairs, soft["target"] or [1.0] * len(pairs), strict=True):
+        won[i] += target - 0.5
+        won[j] -= target - 0.5
+    best = max(range(len(won)), key=won.__getitem__)
     return row.example(
-        row.text_or_messages("prompt"), responses, pairs=[(i, j) for i, j in pairs], reference=plain(responses[pairs[0][0]]), **soft
+        row.text_or_messages("prompt"), responses, pairs=[(i, j) for i, j in pairs], reference=plain(responses[best]), **soft
     )
 
 
@@ -292,7 +297,7 @@ MESSAGES = Schema(("messages",), _messages)
 TLDR = Schema(("subreddit", "title", "post", "summary"), _tldr)
 LABEL = Schema(("prompt", LABELS), _prompt_label)
 SFT_SCHEMAS = (LABEL, MESSAGES, TLDR)
-PAIR_SCHEMAS = (COMPARISON, RATINGS, LABELLED, PAIR, SHARED)
+PAIR_SCHEMAS = (COMPARISON, LABELLED, RATINGS, PAIR, SHARED)
 PROMPT_SCHEMAS = (
     *PAIR_SCHEMAS,
     LABEL,

@@ -42,7 +42,7 @@ def ppo_command(options: Any, now: Round) -> list[str]:
         chosen = cli.build(sampling_command(options)).model  # with a reward_fn, PPO takes neither of these two from a reward model
         start = reward.models[0] if chosen.value_init == "reward" else chosen.value_init
         own += [f"--model.value_init={start}", f"--model.no_eos_score={json.dumps(chosen.shaping.no_eos_score)}"]
-        made = {"models": reward.models, "spread_coef": reward.spread_coef}
+        made = {"models": reward.models, "spread_coef": reward.spread_coef, "dtype": chosen.loading["dtype"]}
         own += [f"--model.reward_fn={json.dumps({'class_path': 'lit_rlhf.rewards.RewardEnsemble', 'init_args': made})}"]
         own += ["--trainer.callbacks+=lit_rlhf.callbacks.RewardParts"]
     return ["fit", *given(options.ppo), *own, *_fixed(now.ppo, seed_of(options.seed, now.number, 0))]

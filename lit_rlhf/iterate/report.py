@@ -88,7 +88,7 @@ def _gain_plot(rounds: list[Outcome]) -> Plot:
         series = [_line("gold", golds)]
         return Plot("PPO's gain over SFT", "round", "gold reward", series, {"SFT": 0.0}, note="On the same prompts; bands are 95%.")
     series = [_line("score", [(number, g.score) for number, g in known])]
-    return Plot("PPO's gain over SFT", "round", "score of the round's own reward model", series, {"SFT": 0.0}, note="Bands are 95%.")
+    return Plot("PPO's gain over SFT", "round", "score that the round's PPO learnt from", series, {"SFT": 0.0}, note="Bands are 95%.")
 
 
 def _gain_table(rounds: list[Outcome]) -> Table:
@@ -97,7 +97,7 @@ def _gain_table(rounds: list[Outcome]) -> Table:
     columns = ["round", "score gained", *(["gold of SFT", "gold of PPO", "gold gained"] if exact else []), "KL (nats)", "length (tokens)"]
     golds = [[g.sft_gold, g.gold, g.gold_gain] if exact else [] for _, g in known]
     rows = [[str(number), g.score, *own, g.kl, g.length] for (number, g), own in zip(known, golds, strict=True)]
-    note = "One response to each validation prompt. Scores are each round's own reward model's and cannot be compared between rounds."
+    note = "One response to each validation prompt. Scores are what each round's PPO learnt from and cannot be compared between rounds."
     return Table("PPO from SFT", columns, rows, note=note)
 
 

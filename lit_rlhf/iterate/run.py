@@ -122,7 +122,7 @@ def held_out(options: Any) -> int:
 
 def one_round(now: Round, options: Any, argv: Sequence[str]) -> int:
     """Makes what the round has not made yet; the exit code of the run that failed, else 0. Raises labels.Waiting."""
-    run = cache(lambda: prepared(fits.sampling_command(options)))
+    run = cache(lambda: prepared(fits.sampling_command(options), options.members))
     key = (options.seed, now.number)
     if not now.responses.is_file():
         _say(now, "sampling")

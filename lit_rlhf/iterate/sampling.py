@@ -25,11 +25,16 @@ Choice = tuple[int, int, int]
 """A row, and the positions of two of its responses."""
 
 
-def prepared(args: Sequence[str]) -> Any:
-    """Trainer, module and data of PPO's command line, its prompts read. Raises ValueError for what is no PPO or has no prompts."""
+def prepared(args: Sequence[str], members: int = 1) -> Any:
+    """Trainer, module and data of PPO's command line, its prompts read.
+
+    Raises ValueError for what is no PPO, has no prompts, or asks of an ensemble of `members` what it cannot do.
+    """
     run = cli.build(args)
     if not isinstance(run.model, PPO):
         raise ValueError(f"--ppo configures a {type(run.model).__name__}; give a PPO's YAML file")
+    if members > 1 and run.model.reward_baseline == "none":
+        raise ValueError(f"--ppo sets reward_baseline: none, but each of --members {members} subtracts its own mean; leave one of them out")
     run.datamodule.trainer = SimpleNamespace(lightning_module=run.model)
     run.datamodule.setup("fit")
     if "train" not in run.datamodule.tables:

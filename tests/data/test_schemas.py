@@ -107,10 +107,12 @@ def test_ratings():
 
 
 def test_labelled_pairs_of_several_responses():
-    row = {"prompt": "Q", "responses": ["a", "b", "c"], "pairs": [[1, 0], [2, 1]], "target": [1, 0.75], "margin": [2, "0.5"]}
+    row = {"prompt": "Q", "responses": ["a", "b", "c"], "pairs": [[1, 0], [2, 1]], "target": [1, 0.9], "margin": [2, "0.5"]}
     found = parse(row, PAIR_SCHEMAS)
     assert (found.responses, found.pairs) == (["a", "b", "c"], [(1, 0), (2, 1)])
-    assert (found.target, found.margin, found.reference) == ([1.0, 0.75], [2.0, 0.5], "b")
+    # b won one and lost most of another, c won most of one: c is the best
+    assert (found.target, found.margin, found.reference) == ([1.0, 0.9], [2.0, 0.5], "c")
+    assert parse(row | {"scores": [3, 2, 1]}, PAIR_SCHEMAS).pairs == [(1, 0), (2, 1)]  # what people said of pairs, not of each
     hard = parse({name: row[name] for name in ("prompt", "responses", "pairs")}, PAIR_SCHEMAS)
     assert hard.target is None and hard.margin is None
 

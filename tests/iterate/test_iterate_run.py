@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf import cli
-from lit_rlhf.iterate import fits, run, sampling
+from lit_rlhf.iterate import evaluation, fits, run, sampling
 from lit_rlhf.iterate.rounds import Round, read_rows
 from lit_rlhf.modules import PPO, PairwiseReward
+from lit_rlhf.networks import CausalPolicy
 
 TRAINER = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false", "num_sanity_val_steps=0"]
 FIT = [f"trainer.{word}" for word in TRAINER] + ["model.optimizer=torch.optim.SGD", "model.optimizer.lr=0.1"]
+PROMPTS = ["data=PromptDataModule", "data.data=prompts.jsonl"]
 WORDS = "cat sat hat mat rat".split()
 
 
@@ -69,6 +71,7 @@ def test_two_rounds(command, capsys, tokenizer):
     assert "PPO by round" in Path("out/report.html").read_text()
     check_accuracy_and_choice_by_transformers_alone(tokenizer)
     check_what_ppo_learns_from(tokenizer)
+    check_the_score_of_a_round(run._parser().parse_args([*command, "--out=out"]))
 
 
 def score(where: str, prompt: str, response: str, tokenizer) -> float:
@@ -119,16 +122,35 @@ def check_what_ppo_learns_from(tokenizer):
         assert abs(one - other) > 1e-4 and value == pytest.approx((one + other) / 2 - abs(one - other) / 2, abs=1e-4)
 
 
+def check_the_score_of_a_round(options):
+    """SFT's responses are the same whoever scores them: the round's scores are the members' mean less half their difference."""
+    made = sampling.prepared(fits.sampling_command(options))
+    sft = CausalPolicy.load(options.sft, tokenizer=made.model.tokenizer).eval()
+    members = [f"out/round-2/reward-{m}/hf" for m in (0, 1)]
+    one, other = (evaluation.measure(made, options.sft, sft, member, None, (options.seed,))["score"] for member in members)
+    found = json.loads(Path("out/round-2/evaluation.json").read_text())["policies"]["SFT"]["score"]
+    assert found == pytest.approx([(a + b) / 2 - abs(a - b) / 2 for a, b in zip(one, other, strict=True)], abs=1e-5)
+    assert found != pytest.approx(one, abs=1e-5)
+
+
 def test_an_ensemble_leaves_ppo_s_own_choices(command):
     """value_init and no_eos_score, where PPO's settings name them, are those of its run."""
     settings = [word for word in command if word != "model=PPO"]
-    settings[settings.index("--ppo") + 1 : settings.index("--ppo") + 1] = ["model=PPO", "model.value_init=sft", "model.no_eos_score=-3"]
-    options = run._parser().parse_args([*settings, "--out=out"])
+    settings[settings.index("--ppo") + 1 : settings.index("--ppo") + 1] = [
+        "model=PPO",
+        "model.value_init=sft",
+        "model.no_eos_score=-3",
+        "model.dtype=bfloat16",
+    ]
+    options = run._parser().parse_args([*settings, "--out=out", "--spread_coef=0.5"])
     now = Round(options.out, 1)
     for member in (0, 1):
         shutil.copytree(options.sft, now.reward(member) / "hf")
-    ppo = cli.build(fits.ppo_command(options, now)).model
-    assert type(ppo.reward_fn).__name__ == "RewardEnsemble" and ppo.value_init == "sft" and ppo.shaping.no_eos_score == -3.0
+    built = cli.build(fits.ppo_command(options, now))
+    ppo, reward = built.model, built.model.reward_fn
+    assert type(reward).__name__ == "RewardEnsemble" and (reward.spread_coef, reward.dtype) == (0.5, "bfloat16")
+    assert ppo.value_init == "sft" and ppo.shaping.no_eos_score == -3.0
+    assert "RewardParts" in [type(callback).__name__ for callback in built.trainer.callbacks]
 
 
 def broken(monkeypatch, owner, name: str, at: int):
@@ -215,6 +237,10 @@ def test_people_label(command, capsys):
         (["--held_out=1"], "--held_out is 1.0 of 10 prompts"),
         (["--members=1"], "--choose disputed asks where reward models disagree: give --members 2"),
         (["--spread_coef=-1"], "--spread_coef must be 0 or more, got -1.0"),
+        (
+            ["--ppo", "model=PPO", *PROMPTS, "model.reward_baseline=none"],
+            "--ppo sets reward_baseline: none, but each of --members 2 subtracts its own mean",
+        ),
         (["--care=0"], "--care goes with --gold, and must be above 0"),
         (["--rounds=0"], "--rounds must be at least 1"),
         (["--gold=iterate_gold.none"], "the module iterate_gold has no 'none'"),

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -109,7 +110,11 @@ def train(method: Method, quick: Path, seed: int, work: Path, more: list[str] | 
 
 
 def iterate(quick: Path, seed: int, out: Path, more: Sequence[str]) -> tuple[Path, int]:
-    """Rounds of `lit-rlhf iterate` after the quickstart's own labels; the last round's policy and the responses sampled in all of them."""
+    """Rounds of `lit-rlhf iterate` after the quickstart's own labels; the last round's policy and the responses sampled in all of them.
+
+    They begin anew where an earlier call was interrupted, so that all of them are timed.
+    """
+    shutil.rmtree(out, ignore_errors=True)
     stages = []
     for stage in ("reward", "ppo"):
         own = [word for word in more if word.startswith(("--trainer.", "--model.", "--data.")) and stage == "ppo"]

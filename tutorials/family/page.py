@@ -106,7 +106,8 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 def scatter(rows: Sequence[dict[str, Any]]) -> Plot:
     """Gold over SFT's against sqrt(KL): a point a method, the mean over seeds with its interval, and its name."""
     found = [(method, fmean(row["kl"] for row in part), gain(part)) for method, part in groups(rows) if method is not SFT]
-    x, y, low, high = [max(kl, 0.0) ** 0.5 for _, kl, _ in found], *zip(*((g.mean, g.low, g.high) for _, _, g in found), strict=True)
+    x, gains = [max(kl, 0.0) ** 0.5 for _, kl, _ in found], [gold for _, _, gold in found]
+    y, low, high = ([getattr(gold, name) for gold in gains] for name in ("mean", "low", "high"))
     hints = [f"{method.label}: {gold.mean:+.2f} ± {gold.error:.2f} at {kl:.2f} nats" for method, kl, gold in found]
     points = Series("", x, y, low, high, "points", hints, labels=[method.label for method, _, _ in found])
     return Plot("Gold reward over SFT's, against KL", "sqrt(KL to SFT) (nats^½)", "gold − SFT", [points], levels={"SFT": 0.0})
