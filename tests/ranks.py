@@ -69,9 +69,9 @@ def finish(processes: list[subprocess.Popen], seconds: float = 600) -> None:
 def finish_or_again(begin: Callable[[], list[subprocess.Popen]], seconds: float) -> None:
     """`finish`, and where a rank Died once more from the beginning.
 
-    With many FSDP2 runs in one process, torch 2.13's gloo now and then ends a rank without a Python error in the gathering of a
-    checkpoint's weights, or leaves one spinning there (three times in some forty tries, after 6 to 11 runs; a user has one run a process).
-    What the ranks compare is not tried twice.
+    With many FSDP2 runs in one process over gloo (torch 2.13) a rank now and then ends without a Python error in the gathering of a
+    checkpoint's weights, or spins there: three times in some thirty tries, after 6 to 11 runs, cause not found; a user has one run a
+    process. What the ranks compare is not tried twice.
     """
     try:
         finish(begin(), seconds)
