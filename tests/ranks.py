@@ -70,8 +70,8 @@ def finish_or_again(begin: Callable[[], list[subprocess.Popen]], seconds: float)
     """`finish`, and where a rank Died once more from the beginning.
 
     With many FSDP2 runs in one process over gloo (torch 2.13) a rank now and then ends without a Python error in the gathering of a
-    checkpoint's weights, or spins there: three times in some thirty tries, after 6 to 11 runs, cause not found; a user has one run a
-    process. What the ranks compare is not tried twice.
+    checkpoint's weights (the kernel's log: a segfault of the thread pt_gloo_runloop in malloc), or spins there: three times in some thirty
+    tries, after 6 to 11 runs. Who corrupts the heap is not known; a user has one run a process. What ranks compare is not tried twice.
     """
     try:
         finish(begin(), seconds)
